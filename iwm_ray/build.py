@@ -1,0 +1,135 @@
+"""From a configuration to the objects of a run: the one place where parts are put together."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_ray.action_log import ActionLog
+from iwm_ray.config import Config
+from iwm_ray.data.decode import DecodeLimits, Undecodable
+from iwm_ray.data.index import Index
+from iwm_ray.data.plan import Plan
+from iwm_ray.errors import RunError, UsageError
+from iwm_ray.feed import Feed, Image
+from iwm_ray.model.encoder import encoder_width
+from iwm_ray.randomness import integers
+from iwm_ray.run_directory import RunDirectory
+from iwm_ray.views.masks import MaskSampler
+from iwm_ray.views.policy import ViewPolicy
+from iwm_ray.views.resize import resize
+
+MEASURING_EPOCH = 2**31 - 1
+"""The epoch under which monitors draw their views: none that training ever reaches."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run, resolved: what every process that takes part in it receives."""
+
+    config: Config
+    run: RunDirectory
+    feed: Feed
+    test_index: Index | None
+    total_steps: int
+
+    @property
+    def policy(self) -> ViewPolicy:
+        return self.feed.policy
+
+    @property
+    def encoder_width(self) -> int:
+        """Token width of the encoder."""
+        return encoder_width(self.config.encoder)
+
+
+def cache_folder(config: Config) -> Path:
+    """Where data indices are kept."""
+    return Path(os.path.expanduser(config.runtime.cache))
+
+
+def build(config: Config, run: RunDirectory, progress: Callable[[int], None] | None = None) -> Setup:
+    """Opens the data and checks everything that can be checked without starting a worker.
+
+    Raises:
+        UsageError: no data, too little of it, or settings that don't fit together.
+    """
+    masks = MaskSampler.from_config(config.masks, config.grid)
+    policy = ViewPolicy.from_config(config.views)
+    if not config.data.path:
+        raise UsageError(
+            f"recipe {config.recipe} needs --data.path: a class-folder tree, Parquet file(s) or WebDataset shards"
+        )
+    cache = cache_folder(config)
+    index = Index.open(config.data, config.data.path, cache, progress)
+    size = config.optimizer.global_batch_size
+    if len(index) < size:
+        raise UsageError(
+            f"optimizer.global_batch_size {size} is more than the {len(index)} images under data.path "
+            f"{config.data.path}; lower it to at most {len(index)}"
+        )
+    test_index = (
+        Index.open(config.data, config.data.test_path, cache, progress) if config.data.test_path else None
+    )
+    feed = Feed(
+        seed=config.seed,
+        plan=Plan(config.seed, len(index), size),
+        index=index,
+        policy=policy,
+        masks=masks,
+        limits=DecodeLimits(config.data.max_pixels, config.data.min_side, config.data.background),
+        where=config.views.where,
+        log=ActionLog(run.actions, run.path.name, config.tracking.action_log_fraction),
+        quarantine=run.quarantine,
+    )
+    return Setup(config, run, feed, test_index, config.total_steps(len(index)))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Images held for measuring, clean."""
+
+    images: NDArray[np.uint8]
+    """`[k s s 3]` shorter side resized, centre cropped"""
+    labels: NDArray[np.int32]
+    """`[k]`, -1: none"""
+    samples: NDArray[np.int64]
+    """`[k]` sample numbers in the index they come from"""
+
+
+def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) -> Held:
+    """A fixed random choice of readable images.
+
+    Args:
+        count: how many at most.
+        purpose: key of the choice; different choices of one purpose and different `offset` don't overlap.
+        offset: how many of the choice to pass over.
+
+    Raises:
+        RunError: not one image could be read.
+    """
+    key = int(integers(setup.config.seed, MEASURING_EPOCH, purpose, 1)[0] >> np.uint64(1))
+    order = Plan(key % 2**31, len(index), len(index)).samples(np.arange(len(index)))
+    reader = Feed(**{**vars(setup.feed), "index": index})
+    images: list[Image] = []
+    samples: list[int] = []
+    for sample in order[offset : offset + count]:
+        try:
+            images.append(_clean(reader.image(int(sample)), setup.config.views.image_size))
+        except Undecodable:
+            continue
+        samples.append(int(sample))
+    if not images:
+        raise RunError(f"none of the {min(count, len(index))} images chosen for measuring could be read")
+    return Held(np.stack(images), index.labels[np.array(samples)], np.array(samples, np.int64))
+
+
+def _clean(image: Image, size: int) -> Image:
+    """The image as it is, but square and of the views' size: its middle, resized."""
+    height, width, _ = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize(image[top : top + side, left : left + side], size)

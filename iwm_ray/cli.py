@@ -1,0 +1,202 @@
+"""The command line: one option for every value of the configuration, and errors of one line.
+
+argparse knows the names, pydantic the values; so the options, their help and their checks all come from config.py.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from iwm_ray.config import Config
+from iwm_ray.errors import RunError, UsageError
+from iwm_ray.recipes import RECIPES
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the user asked for: the resolved configuration and the options that are no part of it."""
+
+    config: Config
+    output: Path | None
+    dry_run: bool
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UsageError`s of one line, with a suggestion for a mistyped name."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parses; underscores and hyphens in option names mean the same."""
+        known, unknown = self.parse_known_args([_hyphenate(argument) for argument in arguments])
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            options = [option for action in self._actions for option in action.option_strings]
+            raise UsageError(f"unknown argument {unknown[0]!r}{suggest(name, options)}; see --help")
+        return known
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean X?`, or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def parse_pretrain(arguments: Sequence[str]) -> tuple[Command, bool]:
+    """Reads the command line of `iwm_ray.pretrain`; returns the command and whether tracebacks are wanted."""
+    parser = _pretrain_parser()
+    options = parser.parse(arguments)
+    if options.recipe and options.config:
+        raise UsageError(
+            f"a recipe ({options.recipe}) and --config {options.config} exclude each other; drop one"
+        )
+    base = _read_config(options.config) if options.config else _recipe(options.recipe or "photos_tiny")
+    tree = base.model_dump()
+    for name, value in vars(options).items():
+        if "." in name and value is not None:
+            section, field = name.split(".")
+            tree[section][field] = value
+    if options.steps is not None:
+        tree["schedule"]["steps"] = options.steps
+    if options.seed is not None:
+        tree["seed"] = options.seed
+    return Command(validate(tree), options.output, options.dry_run), options.debug
+
+
+def validate(tree: dict[str, Any]) -> Config:
+    """The configuration of a tree of values.
+
+    Raises:
+        UsageError: one line that names the first wrong setting, its value and what is allowed.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(_one_line(error)) from None
+
+
+def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """Runs a command; turns foreseeable failures into one line on stderr and the exit code."""
+    try:
+        main(arguments)
+    except (UsageError, RunError) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"iwm-ray: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every command has."""
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _pretrain_parser() -> Parser:
+    parser = Parser(
+        prog="python -m iwm_ray.pretrain",
+        description="Pretrain an Image World Model. The same command on an existing run directory resumes the run.",
+        epilog="recipes: " + ", ".join(RECIPES),
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=None,
+    )
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="named configuration; default photos_tiny"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a RUN/config.json: repeats that run")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="run directory; default runs/<recipe>-<config hash>"
+    )
+    parser.add_argument("--steps", metavar="N", help="the same as --schedule.steps")
+    parser.add_argument("--seed", metavar="N", help="key of every random draw")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, create nothing"
+    )
+    add_common_options(parser)
+    for section, part in Config.model_fields.items():
+        if isinstance(part.annotation, type) and issubclass(part.annotation, BaseModel):
+            group = parser.add_argument_group(section, part.annotation.__doc__)
+            for name, field in part.annotation.model_fields.items():
+                _add_option(group, section, name, field)
+    return parser
+
+
+def _add_option(group: Any, section: str, name: str, field: FieldInfo) -> None:
+    is_tuple = get_origin(field.annotation) is tuple
+    default = " ".join(f"{value:g}" for value in field.default) if is_tuple else repr(field.default)
+    choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+    group.add_argument(
+        f"--{section}.{name.replace('_', '-')}",
+        dest=f"{section}.{name}",
+        nargs=len(field.default) if is_tuple else None,
+        metavar="|".join(choices) if choices else ("V" if is_tuple else "VALUE"),
+        default=argparse.SUPPRESS,
+        help=f"{' '.join((field.description or '').split())} (default: {default})".replace("%", "%%"),
+    )
+
+
+def _hyphenate(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _recipe(name: str) -> Config:
+    if name not in RECIPES:
+        raise UsageError(
+            f"unknown recipe {name!r}{suggest(name, list(RECIPES))}; recipes: {', '.join(RECIPES)}"
+        )
+    return RECIPES[name]()
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        tree = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}; give the path of a run's config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--config {path}: not JSON ({error}); give the path of a run's config.json"
+        ) from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"--config {path}: not a JSON object; give the path of a run's config.json")
+    return validate(tree)
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    name = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}{suggest(path[-1], _siblings(path))}"
+    if first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+        return f"{name}.{reason}" if name else reason
+    if first["type"] == "missing":
+        return f"{name}: missing"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{name} {first['input']!r}: {message}"
+
+
+def _siblings(path: list[str]) -> list[str]:
+    if len(path) == 1:
+        return list(Config.model_fields)
+    section = Config.model_fields.get(path[0])
+    annotation = section.annotation if section else None
+    return (
+        list(annotation.model_fields)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        else []
+    )

@@ -1,0 +1,79 @@
+"""From rows to batches: tensors on the training device, and the loader of runs without Ray."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from iwm_ray.batch import Batch
+from iwm_ray.feed import Columns, Feed
+from iwm_ray.views.device import device_views
+from iwm_ray.views.policy import ViewPolicy
+
+
+def to_tensors(columns: Columns) -> dict[str, Tensor]:
+    """The same columns as CPU tensors; memory is shared where it may be written."""
+    return {name: torch.from_numpy(_writeable(values)) for name, values in columns.items()}
+
+
+def to_batch(columns: dict[str, Tensor], policy: ViewPolicy, device: torch.device) -> Batch:
+    """Moves columns to the training device; where rows hold crops, makes both views there."""
+
+    def move(name: str) -> Tensor:
+        return columns[name].to(device, non_blocking=True)
+
+    if "crop" in columns:
+        source, target = device_views(move("crop"), policy.unpack(columns["draws"].numpy()), policy)
+    else:
+        source, target = move("source").permute(0, 3, 1, 2), move("target").permute(0, 3, 1, 2)
+    return Batch(
+        source=source,
+        target=target,
+        action=move("action"),
+        context_idx=move("context_idx").long(),
+        target_idx=move("target_idx").long(),
+        weight=move("weight"),
+        counter=move("counter"),
+    )
+
+
+def local_columns(
+    feed: Feed, start: int, until: int, num_processes: int, pin: bool
+) -> Iterator[dict[str, Tensor]]:
+    """The global batches of steps `start` to `until - 1`, made by processes of this machine, in order."""
+    return iter(
+        DataLoader(
+            _Steps(feed, until),
+            sampler=range(start, until),
+            batch_size=None,
+            num_workers=num_processes or max(1, (os.cpu_count() or 1) // 2),
+            pin_memory=pin,
+            prefetch_factor=4,
+            multiprocessing_context="spawn",
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset[dict[str, Tensor]]):
+    """Global batch k under the index k."""
+
+    feed: Feed
+    total: int
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        size = self.feed.plan.global_batch_size
+        return to_tensors(self.feed.rows(np.arange(step * size, (step + 1) * size)))
+
+
+def _writeable(values: NDArray[Any]) -> NDArray[Any]:
+    return values if values.flags.writeable and values.flags.c_contiguous else values.copy()

@@ -1,0 +1,207 @@
+"""`python -m iwm_ray.pretrain [RECIPE] [--section.field VALUE ...]`: trains an Image World Model.
+
+The driver of a run: checks everything, starts the workers, shows progress, passes signals on, writes the summary. The
+heavy imports stand inside the functions, so that a mistake on the command line is answered at once.
+"""
+
+import importlib.util
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from iwm_ray import cli
+from iwm_ray.config import Config
+from iwm_ray.errors import RunError, UsageError
+from iwm_ray.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from iwm_ray.build import Setup
+    from iwm_ray.runtime.tracking import NullTracker
+    from iwm_ray.session import Outcome
+
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+_POLL_SECONDS = 0.25
+_TRACKER_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command and exits with its code."""
+    sys.exit(cli.run_command(_main, sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: Sequence[str]) -> None:
+    command, debug = cli.parse_pretrain(arguments)
+    config = command.config
+    run = RunDirectory(command.output or Path("runs") / f"{config.recipe}-{config.hash()}")
+    run.check(config)
+    resources = preflight(config)
+    setup = _build(config, run)
+    if command.dry_run:
+        from iwm_ray.plan_report import plan_lines
+
+        print("\n".join([*plan_lines(setup), f"  resources  {resources}"]))
+        return
+    pretrain(setup, debug)
+
+
+def preflight(config: Config) -> str:
+    """Checks that the run can start where it would run.
+
+    Returns:
+        One line: what is asked and what is there.
+
+    Raises:
+        UsageError: more is asked than there is, with the fix.
+    """
+    if config.runtime.engine == "local":
+        if config.runtime.num_workers > 1:
+            raise UsageError(
+                f"runtime.num_workers {config.runtime.num_workers}: engine local has one worker; set runtime.engine ray"
+            )
+        return f"this process, {os.cpu_count()} CPUs"
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(
+            "runtime.engine ray: ray is not installed; pip install 'ray[data,default,train,tune]'"
+        )
+    from iwm_ray.runtime import cluster
+
+    return cluster.preflight(config)
+
+
+def pretrain(setup: "Setup", debug: bool = False) -> None:
+    """Trains to the end, or to the step at which a signal stops the run; prints the summary.
+
+    Raises:
+        UsageError: the run directory is in use.
+        RunError: the run failed; the same command resumes it.
+        SystemExit: a signal stopped the run, after saving (130 or 143).
+    """
+    from iwm_ray import summary
+    from iwm_ray.training import metrics_log
+
+    setup.run.create(setup.config)
+    with setup.run.lock():
+        already = summary.finished(setup.run)
+        tracker = _open_tracker(setup)
+        if already:
+            outcome = already
+        else:
+            summary.note_start(setup.run)
+            outcome = _train(setup, debug)
+        result = summary.summarise(setup, outcome)
+        for picture in sorted(setup.run.pictures.glob("*.png")):
+            tracker.log_picture(picture)
+        tracker.finish(_TRACKER_STATUS[outcome.status])
+        rows = metrics_log.read(setup.run.metrics)
+        if outcome.status == "failed":
+            raise RunError(f"{outcome.message}; the same command resumes the run")
+        print("\n".join(summary.lines(setup, result, rows, _ui_command(tracker))), flush=True)
+    if outcome.status == "stopped":
+        sys.exit(_EXIT_CODES.get(_Stop.received, 1))
+
+
+def _build(config: Config, run: RunDirectory) -> "Setup":
+    from iwm_ray.build import build
+    from iwm_ray.progress import scanning
+
+    return build(config, run, scanning(config.data.path))
+
+
+def _open_tracker(setup: "Setup") -> "NullTracker":
+    from iwm_ray.runtime import tracking
+
+    if importlib.util.find_spec("mlflow") is None:
+        return tracking.NullTracker()
+    warning = tracking.check_uri(setup.config)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    tags = {"iwm.run_directory": str(setup.run.path.absolute())}
+    tracker = tracking.open_tracker(setup.run.path, setup.config, setup.run.path.name, tags).start()
+    data = setup.config.data
+    tracker.log_dataset(data.path, setup.feed.index.hash, data.path, "training", len(setup.feed.index))
+    if setup.test_index:
+        tracker.log_dataset(
+            data.test_path, setup.test_index.hash, data.test_path, "evaluation", len(setup.test_index)
+        )
+    return tracker
+
+
+def _ui_command(tracker: "NullTracker") -> str:
+    from iwm_ray.runtime import tracking
+
+    return "" if tracker.uri == "none" else tracking.ui_command(tracker.uri)
+
+
+def _train(setup: "Setup", debug: bool) -> "Outcome":
+    """Runs the workers beside a loop that shows progress and passes signals on."""
+    from iwm_ray.progress import Progress
+
+    train = _trainer(setup, debug)
+    result: list[Outcome | BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(train())
+        except BaseException as error:
+            result.append(error)
+
+    progress = Progress(setup.run.metrics, setup.total_steps, setup.config.optimizer.global_batch_size)
+    thread = threading.Thread(target=run, name="training", daemon=True)
+    with _Stop(setup.run).listening():
+        thread.start()
+        while thread.is_alive():
+            progress.show()
+            thread.join(_POLL_SECONDS)
+        progress.close()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+def _trainer(setup: "Setup", debug: bool) -> Callable[[], "Outcome"]:
+    if setup.config.runtime.engine == "local":
+        from iwm_ray.session import train_here
+
+        return lambda: train_here(setup)
+    from iwm_ray.runtime import cluster
+    from iwm_ray.runtime.train import train_on_ray
+
+    cluster.connect(setup.config, debug)
+    cluster.check_shared_directory(setup.run.path)
+    return lambda: train_on_ray(setup)
+
+
+class _Stop:
+    """Turns the first Ctrl-C or SIGTERM into a request to save and stop, the second into an end."""
+
+    received: int | None = None
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._receive) for number in _EXIT_CODES}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if _Stop.received is not None:
+            print("\nstopped without saving; the same command resumes from the last checkpoint", flush=True)
+            os._exit(_EXIT_CODES[signal.Signals(number)])
+        _Stop.received = number
+        self._run.stop_request.touch()
+        print("\nsaving and stopping; once more to stop at once", flush=True)
+
+
+if __name__ == "__main__":
+    main()

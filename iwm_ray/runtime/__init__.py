@@ -1,0 +1,1 @@
+"""Where a run meets Ray and MLflow: the only home of both."""

@@ -1,0 +1,92 @@
+"""A run on a Ray cluster: Ray Data makes the rows, Ray Train runs the workers; and the same run without Ray."""
+
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import ray.train
+from ray.data.collate_fn import NumpyBatchCollateFn
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
+from torch import Tensor
+
+from iwm_ray.build import Setup
+from iwm_ray.errors import RunError
+from iwm_ray.loader import to_tensors
+from iwm_ray.runtime.pipeline import execution_options, stream
+from iwm_ray.session import Outcome, Worker, resume_step, work
+
+_PREFETCH_BATCHES = 4
+
+
+def train_on_ray(setup: Setup) -> Outcome:
+    """Runs the train workers to the end; lost workers are replaced and go on from the newest valid checkpoint.
+
+    Ray is told of no checkpoints: the run directory's own are verified, named by step, and outlive Ray's records.
+
+    Raises:
+        RunError: the workers failed more often than `runtime.max_failures`.
+    """
+    runtime = setup.config.runtime
+    scaling = ScalingConfig(
+        num_workers=runtime.num_workers,
+        use_gpu=runtime.use_gpu,
+        resources_per_worker={"CPU": runtime.cpus_per_worker} | ({"GPU": 1} if runtime.use_gpu else {}),
+    )
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"setup": setup},
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name=f"attempt-{uuid4().hex[:8]}",
+            storage_path=str((setup.run.path / "ray").absolute()),
+            failure_config=FailureConfig(max_failures=runtime.max_failures),
+        ),
+        datasets={
+            "train": lambda: stream(
+                setup.config, setup.feed, resume_step(setup.run.checkpoints), setup.total_steps
+            )
+        },
+        dataset_config=DataConfig(execution_options=execution_options(setup.config)),
+    )
+    try:
+        outcome = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise RunError(
+            f"the train workers failed: {_cause(error)}; the same command resumes the run"
+        ) from error
+    assert isinstance(outcome, Outcome)
+    return outcome
+
+
+class _ToTensors(NumpyBatchCollateFn):
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        return to_tensors(batch)
+
+
+def _train_worker(arguments: dict[str, Any]) -> Outcome:
+    setup: Setup = arguments["setup"]
+    context = ray.train.get_context()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), get_device())
+
+    def open_columns(step: int) -> Iterator[dict[str, Tensor]]:
+        shard = ray.train.get_dataset_shard("train")
+        return iter(
+            shard.iter_torch_batches(
+                batch_size=setup.config.worker_batch_size,
+                prefetch_batches=_PREFETCH_BATCHES,
+                collate_fn=_ToTensors(),
+                device="cpu",
+                pin_memory=worker.device.type == "cuda",
+            )
+        )
+
+    return work(setup, worker, open_columns)
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of the innermost failure that Ray reports."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

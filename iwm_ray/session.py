@@ -1,0 +1,307 @@
+"""One train worker's part in a run: build, resume, fit, report, measure. It runs with or without Ray.
+
+The runtime decides where it runs and where its columns come from; nothing here imports ray or mlflow.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from iwm_ray.batch import Batch
+from iwm_ray.build import MEASURING_EPOCH, Setup, hold
+from iwm_ray.data.index import Index
+from iwm_ray.errors import RunError
+from iwm_ray.evaluation.monitors import Monitor
+from iwm_ray.evaluation.mrr import measure_mrr
+from iwm_ray.feed import Feed
+from iwm_ray.loader import local_columns, to_batch, to_tensors
+from iwm_ray.model.iwm import IWM, build_model
+from iwm_ray.pictures.curves import training_curves
+from iwm_ray.pictures.retrieval import retrieval_gallery
+from iwm_ray.training import checkpoint, metrics_log
+from iwm_ray.training.loop import StepStats, TrainState, autocast, fit
+from iwm_ray.training.metrics_log import MetricsLog
+
+OpenColumns = Callable[[int], Iterator[dict[str, Tensor]]]
+"""From a step, this worker's columns of that step and all later ones."""
+
+# With several workers, agreeing on whether to stop is an exchange between them; every so many steps it costs nothing.
+_STEPS_BETWEEN_AGREEMENTS = 8
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Which part of the run this process is."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a worker's part ended."""
+
+    status: Literal["finished", "stopped", "failed"]
+    step: int
+    message: str = ""
+
+
+def work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
+    """Trains from the newest valid checkpoint to the end, then measures; only rank 0 writes and measures.
+
+    A failure that a restart can't mend comes back as an outcome, so that nobody tries for ever. Where other workers wait
+    for this one, it is noted in the run directory and raised: the restarted group then reads the note and ends.
+    """
+    note = setup.run.failure
+    if note.exists():
+        return Outcome("failed", -1, note.read_text())
+    try:
+        return _work(setup, worker, open_columns)
+    except RunError as error:
+        if worker.count == 1:
+            return Outcome("failed", -1, str(error))
+        note.write_text(str(error))
+        raise
+
+
+def train_here(setup: Setup) -> Outcome:
+    """The run in this process, without Ray: on the GPU if asked for, with data made by processes of this machine."""
+    device = torch.device("cuda" if setup.config.runtime.use_gpu else "cpu")
+
+    def open_columns(step: int) -> Iterator[dict[str, Tensor]]:
+        processes = setup.config.runtime.data_workers
+        return local_columns(setup.feed, step, setup.total_steps, processes, pin=device.type == "cuda")
+
+    return work(setup, Worker(0, 1, device), open_columns)
+
+
+def resume_step(checkpoints: Path) -> int:
+    """The step after which a run goes on: that of its newest valid checkpoint, or 0."""
+    found = checkpoint.newest_valid(checkpoints)
+    return found.step if found else 0
+
+
+def _work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
+    config = setup.config
+    if worker.device.type == "cpu":
+        threads = config.runtime.threads_per_worker or max(1, (os.cpu_count() or 1) // worker.count)
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")
+    model = build_model(config, setup.policy.action_dim).to(worker.device)
+    state = TrainState.start(model, config, setup.total_steps)
+    found = checkpoint.newest_valid(setup.run.checkpoints)
+    if found:
+        checkpoint.load(found, state)
+    forward = DistributedDataParallel(model) if worker.count > 1 else model
+    reporter = Reporter(setup, worker, state)
+    batches = _checked_batches(setup, worker, open_columns(state.step), state.step)
+    fit(state, batches, setup.total_steps, reporter, forward)
+    if state.step < setup.total_steps:
+        return Outcome("stopped", state.step)
+    if worker.rank == 0:
+        measure(setup, model, reporter)
+    return Outcome("finished", state.step)
+
+
+def _checked_batches(
+    setup: Setup, worker: Worker, columns: Iterator[dict[str, Tensor]], step: int
+) -> Iterator[Batch]:
+    """Batches on the device; refuses rows that are not the ones that the plan names for this step."""
+    size = setup.config.optimizer.global_batch_size
+    for part in columns:
+        steps = torch.unique(part["counter"] // size)
+        if steps.tolist() != [step] or len(part["counter"]) != size // worker.count:
+            raise RuntimeError(f"step {step} was handed rows of steps {steps.tolist()}")
+        yield to_batch(part, setup.policy, worker.device)
+        step += 1
+
+
+class Reporter:
+    """What happens between steps: metrics, monitors, checkpoints, and the decision to stop."""
+
+    def __init__(self, setup: Setup, worker: Worker, state: TrainState) -> None:
+        config, total = setup.config, setup.total_steps
+        self._setup, self._worker = setup, worker
+        self._monitor_every = config.monitor.every_steps or max(1, total // 10)
+        self._checkpoint_every = config.runtime.checkpoint_every_steps or max(1, total // 10)
+        self._best_metric: float | None = None
+        self._clock = _Clock()
+        if worker.rank == 0:
+            self._generation = checkpoint.next_generation(setup.run.checkpoints)
+            self.log = MetricsLog(setup.run.metrics)
+            self._monitor = make_monitor(setup, worker.device)
+            if state.step == 0:
+                self._read_monitors(state)
+
+    def __call__(self, state: TrainState, stats: StepStats) -> bool:
+        """Called after each step, on every worker; True stops the run."""
+        self._clock.add_step(stats.data_wait)
+        last = state.step == self._setup.total_steps
+        if state.step % self._setup.config.monitor.report_every_steps == 0 or last:
+            self._report(stats)
+        if self._worker.rank == 0 and (state.step % self._monitor_every == 0 or last):
+            self._read_monitors(state)
+        stop = self._agree_to_stop(state.step)
+        if self._worker.rank == 0 and (state.step % self._checkpoint_every == 0 or last or stop):
+            self._save(state)
+        return stop
+
+    def _report(self, stats: StepStats) -> None:
+        if self._worker.count > 1:
+            loss = stats.loss / self._worker.count
+            torch.distributed.all_reduce(loss)
+            stats = replace(stats, loss=loss)
+        values = stats.read()
+        rate, wait = self._clock.lap(self._setup.config.optimizer.global_batch_size)
+        if self._worker.rank == 0:
+            train = {
+                "train/loss": values["loss"],
+                "train/lr": values["learning_rate"],
+                "train/weight_decay": values["weight_decay"],
+                "train/momentum": values["momentum"],
+                "train/grad_norm": values["grad_norm"],
+                "train/skipped_steps": values["skipped_steps"],
+                "train/samples_per_second": rate,
+                "train/data_wait_fraction": wait,
+            }
+            self.log.append(stats.step, train)
+            self._refuse_bad_data()
+
+    def _read_monitors(self, state: TrainState) -> None:
+        with self._clock.paused():
+            begin = time.monotonic()
+            with autocast(self._setup.config.runtime, self._worker.device):
+                values = self._monitor.read(state.model)
+            values["monitor/seconds"] = time.monotonic() - begin
+            # The best checkpoint is the one with the best features; without labels their rank stands in.
+            self._best_metric = values.get("monitor/knn_top1", values["monitor/rankme"])
+            self.log.append(state.step, values)
+
+    def _save(self, state: TrainState) -> None:
+        with self._clock.paused():
+            self.log.sync()  # a checkpoint must not outlive the metrics of the steps before it
+            saved = checkpoint.save(
+                self._setup.run.checkpoints, state, {}, self._generation, self._best_metric
+            )
+            if saved.warning:
+                print(f"warning: {saved.warning}", flush=True)
+
+    def _agree_to_stop(self, step: int) -> bool:
+        wanted = self._worker.rank == 0 and self._setup.run.stop_request.exists()
+        if self._worker.count == 1:
+            return wanted
+        if step % _STEPS_BETWEEN_AGREEMENTS:
+            return False
+        flag = torch.tensor(int(wanted), device=self._worker.device)
+        torch.distributed.all_reduce(flag)
+        return bool(flag.item())
+
+    def _refuse_bad_data(self) -> None:
+        run, data = self._setup.run, self._setup.config.data
+        bad, count = run.num_quarantined(), len(self._setup.feed.index)
+        if bad > max(1, data.max_bad_fraction * count):
+            examples = ", ".join(record["path"] for record in run.quarantined()[:5])
+            raise RunError(
+                f"{bad} of {count} samples can't be decoded, more than data.max_bad_fraction "
+                f"{data.max_bad_fraction:g}: {examples}; mend them or raise data.max_bad_fraction (see {run.quarantine})"
+            )
+
+
+def make_monitor(setup: Setup, device: torch.device) -> Monitor:
+    """The fixed inputs of the monitors: held-out images with their views, and the kNN's bank."""
+    config = setup.config.monitor
+    queries_from = setup.test_index or setup.feed.index
+    queries = hold(setup, queries_from, config.num_images, "monitor")
+    # Where both come from the training images, the bank begins after the queries.
+    offset = 0 if setup.test_index else config.num_images
+    bank = hold(setup, setup.feed.index, config.num_bank_images, "monitor", offset)
+    batch = measuring_batch(setup, queries_from, queries.samples, device)
+    return Monitor(
+        batch=batch,
+        query_images=_channels_first(queries.images),
+        query_labels=torch.from_numpy(queries.labels),
+        bank_images=_channels_first(bank.images),
+        bank_labels=torch.from_numpy(bank.labels),
+        num_neighbors=config.num_neighbors,
+        seed=setup.config.seed,
+    )
+
+
+def measuring_batch(setup: Setup, index: Index, samples: np.ndarray, device: torch.device) -> Batch:
+    """Views, masks and actions of chosen samples, drawn under an epoch that training never reaches."""
+    feed = Feed(**{**vars(setup.feed), "index": index, "log": None, "quarantine": None})
+    epochs = np.full(len(samples), MEASURING_EPOCH, np.int64)
+    return to_batch(to_tensors(feed.make(samples, epochs, samples)), setup.policy, device)
+
+
+def measure(setup: Setup, model: IWM, reporter: Reporter) -> None:
+    """The closing measurements and the pictures."""
+    config, log = setup.config, reporter.log
+    index = setup.test_index or setup.feed.index
+    held = hold(setup, index, config.monitor.mrr_images, "mrr")
+    with autocast(config.runtime, next(model.parameters()).device):
+        mrr = measure_mrr(
+            model, held.images, setup.policy, seed=config.seed, num_views=config.monitor.mrr_views
+        )
+    log.append(setup.total_steps, mrr.metrics)
+    _draw(
+        setup, "retrieval", retrieval_gallery(mrr, held.images, setup.policy, config.predictor.conditioning)
+    )
+    rows = metrics_log.read(setup.run.metrics)
+    _draw(setup, "curves", training_curves(rows, f"Training curves of {config.recipe}"))
+
+
+def _draw(setup: Setup, name: str, figure: Figure) -> None:
+    figure.savefig(setup.run.pictures / f"{name}.png", dpi=150)
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+class _Clock:
+    """Time spent on steps, without the pauses for monitors and checkpoints."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._steps, self._wait, self._pause = 0, 0.0, 0.0
+
+    def add_step(self, wait: float) -> None:
+        self._steps += 1
+        self._wait += wait
+
+    def paused(self) -> "_Pause":
+        return _Pause(self)
+
+    def add_pause(self, seconds: float) -> None:
+        self._pause += seconds
+
+    def lap(self, samples_per_step: int) -> tuple[float, float]:
+        """(samples a second, share of the time spent waiting for data) since the last lap."""
+        now = time.monotonic()
+        seconds = max(now - self._begin - self._pause, 1e-9)
+        rate, wait = self._steps * samples_per_step / seconds, self._wait / seconds
+        self._begin, self._steps, self._wait, self._pause = now, 0, 0.0, 0.0
+        return rate, wait
+
+
+class _Pause:
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._begin = time.monotonic()
+
+    def __exit__(self, *exception: object) -> None:
+        self._clock.add_pause(time.monotonic() - self._begin)

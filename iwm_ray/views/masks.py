@@ -1,0 +1,188 @@
+"""Which patches are predicted: per image the union of a few rectangles, with an exact number of patches.
+
+Differs from I-JEPA's sampler, whose faults are known: there one random number drives scale and aspect
+together, and masks are cut to the shortest of the batch in raster order, which starves the last rows. Here
+scale and aspect are independent, and every image has the same number of target patches by construction: of 16
+sets of rectangles the one whose union comes closest is taken, and the few patches that it lacks or exceeds
+are added or removed uniformly at random.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_ray.config import MasksConfig
+from iwm_ray.errors import UsageError
+from iwm_ray.views.draws import Keys, between
+
+_NUM_CANDIDATES = 16
+_NUM_IMAGES_FOR_MEAN = 256  # x 16 candidates: the mean union is known to about 0.1 patches
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of a block of samples. Positions count row by row: row * columns + column."""
+
+    context_idx: NDArray[np.int16]
+    """`[b c]` positions of the source patches that the context encoder sees, ascending: all not predicted"""
+    target_idx: NDArray[np.int16]
+    """`[b t]` positions that are predicted, ascending"""
+    blocks: NDArray[np.int16]
+    """`[b k 4]` top, left, height, width of the rectangles, patches; their union is the target up to the few
+    patches that were added or removed to make the number exact"""
+
+    def __len__(self) -> int:
+        return len(self.target_idx)
+
+
+@dataclass(frozen=True)
+class MaskSampler:
+    """Draws masks (IWM, section 3; METHOD: step 5). `from_config` checks the settings."""
+
+    grid: tuple[int, int]
+    """(rows, columns) of patches"""
+    num_blocks: int
+    block_scale: tuple[float, float]
+    block_aspect: tuple[float, float]
+    num_target_tokens: int
+    """patches predicted in every image"""
+
+    @classmethod
+    def from_config(cls, config: MasksConfig, grid: tuple[int, int]) -> Self:
+        """The sampler of a configuration on a grid of (rows, columns) patches.
+
+        Raises:
+            UsageError: no mask of that kind fits the grid.
+        """
+        _check_blocks(config, grid)
+        wanted = config.num_target_tokens or _mean_union(config, grid)
+        _check_target_tokens(config, grid, wanted)
+        return cls(grid, config.num_blocks, config.block_scale, config.block_aspect, wanted)
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Patches that the context encoder sees in every image."""
+        return self.grid[0] * self.grid[1] - self.num_target_tokens
+
+    def draw(self, seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> Masks:
+        """Draws the masks of `[b]` samples; a row depends on nothing but its own seed, epoch and sample."""
+        keys = Keys(seed, epochs, samples)
+        blocks = _candidates(keys, "mask", self.num_blocks, self.block_scale, self.block_aspect, self.grid)
+        unions = _union(blocks, self.grid)
+        chosen = np.abs(unions.sum(axis=2) - self.num_target_tokens).argmin(axis=1)
+        rows = np.arange(len(keys))
+        target = unions[rows, chosen]
+        _repair(target, self.num_target_tokens, keys)
+        return Masks(
+            context_idx=np.nonzero(~target)[1].reshape(len(keys), -1).astype(np.int16),
+            target_idx=np.nonzero(target)[1].reshape(len(keys), -1).astype(np.int16),
+            blocks=blocks[rows, chosen].astype(np.int16),
+        )
+
+
+def _candidates(
+    keys: Keys,
+    purpose: str,
+    num_blocks: int,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+    grid: tuple[int, int],
+) -> NDArray[np.int64]:
+    """`[b 16 k 4]` rectangles (top, left, height, width); every place where one fits is equally likely."""
+    uniform = keys.uniforms(purpose, _NUM_CANDIDATES * num_blocks * 2).reshape(
+        -1, _NUM_CANDIDATES, num_blocks, 2
+    )
+    scale_draw, top_draw = _two(uniform[..., 0])
+    aspect_draw, left_draw = _two(uniform[..., 1])
+    height, width = _block_size(between(*scale, scale_draw), between(*aspect, aspect_draw), grid)
+    top = np.floor(top_draw * (grid[0] - height + 1))
+    left = np.floor(left_draw * (grid[1] - width + 1))
+    return np.stack([top, left, height, width], axis=-1).astype(np.int64)
+
+
+def _two(uniform: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Cuts each number of 53 random bits into two independent ones, of 27 and 26 bits, all in [0, 1)."""
+    fraction, whole = np.modf(uniform * 2.0**26)
+    return fraction, whole * 2.0**-26
+
+
+def _block_size(scale: NDArray, aspect: NDArray, grid: tuple[int, int]) -> tuple[NDArray, NDArray]:
+    """(height, width) in whole patches of rectangles with that share of the grid and that height / width."""
+    area = np.asarray(scale) * grid[0] * grid[1]
+    return np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+
+
+def _union(blocks: NDArray[np.int64], grid: tuple[int, int]) -> NDArray[np.bool_]:
+    """`[b j k 4]` rectangles -> `[b j n]`, true for the patches that at least one of the `k` covers."""
+    top, left, height, width = np.moveaxis(blocks, -1, 0)[..., None]
+    row, column = np.arange(grid[0]), np.arange(grid[1])
+    in_rows = (top <= row) & (row < top + height)
+    in_columns = (left <= column) & (column < left + width)
+    union = np.zeros((*blocks.shape[:2], *grid), bool)
+    for block in range(blocks.shape[2]):
+        union |= in_rows[:, :, block, :, None] & in_columns[:, :, block, None, :]
+    return union.reshape(*blocks.shape[:2], -1)
+
+
+def _repair(target: NDArray[np.bool_], wanted: int, keys: Keys) -> None:
+    """Adds or removes patches of `[b n]`, in place and uniformly at random, until every row has `wanted`."""
+    excess = target.sum(axis=1) - wanted
+    uniform = keys.uniforms("mask_repair", int(np.abs(excess).max(initial=0)))
+    for step in range(uniform.shape[1]):
+        rows = np.flatnonzero(np.abs(excess) > step)
+        pool = target[rows] == (excess[rows] > 0)[:, None]
+        pick = np.floor(uniform[rows, step] * pool.sum(axis=1))
+        token = (pool.cumsum(axis=1) > pick[:, None]).argmax(axis=1)
+        target[rows, token] ^= True
+
+
+def _mean_union(config: MasksConfig, grid: tuple[int, int]) -> int:
+    """Mean number of patches in the union, rounded, from a fixed draw: the same for every seed of a run."""
+    keys = Keys(0, np.zeros(_NUM_IMAGES_FOR_MEAN, np.int64), np.arange(_NUM_IMAGES_FOR_MEAN))
+    blocks = _candidates(keys, "mask_mean", config.num_blocks, config.block_scale, config.block_aspect, grid)
+    return round(float(_union(blocks, grid).sum(axis=2).mean()))
+
+
+def _extreme_sizes(config: MasksConfig, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((smallest, largest) height, (smallest, largest) width) of a rectangle, patches."""
+    (small, large), (flat, tall) = config.block_scale, config.block_aspect
+    height, width = _block_size(
+        np.array([small, large, small, large]), np.array([flat, tall, tall, flat]), grid
+    )
+    return (int(height[0]), int(height[1])), (int(width[2]), int(width[3]))
+
+
+def _check_blocks(config: MasksConfig, grid: tuple[int, int]) -> None:
+    heights, widths = _extreme_sizes(config, grid)
+    scale, aspect = ("{:g} {:g}".format(*limits) for limits in (config.block_scale, config.block_aspect))
+    setting = f"masks.block_scale {scale} with masks.block_aspect {aspect}"
+    if min(heights[0], widths[0]) < 1:
+        raise UsageError(
+            f"{setting}: the smallest block rounds to {heights[0]} x {widths[0]} patches on a grid of "
+            f"{grid[0]} x {grid[1]}, at least 1 x 1 is needed; raise masks.block_scale's first value"
+        )
+    if heights[1] > grid[0] or widths[1] > grid[1]:
+        raise UsageError(
+            f"{setting}: blocks of up to {heights[1]} x {widths[1]} patches do not fit the grid of "
+            f"{grid[0]} x {grid[1]}; lower masks.block_scale's second value or bring masks.block_aspect to 1"
+        )
+
+
+def _check_target_tokens(config: MasksConfig, grid: tuple[int, int], wanted: int) -> None:
+    num_tokens = grid[0] * grid[1]
+    origin = "" if config.num_target_tokens else " (the mean union of the blocks)"
+    setting = f"masks.num_target_tokens {wanted}{origin}, grid of {grid[0]} x {grid[1]}"
+    if wanted >= num_tokens:
+        raise UsageError(
+            f"{setting}: at most {num_tokens - 1} patches may be predicted, since at least one must be left as "
+            "context; lower it, masks.num_blocks or masks.block_scale"
+        )
+    heights, widths = _extreme_sizes(config, grid)
+    smallest, largest = heights[0] * widths[0], config.num_blocks * heights[1] * widths[1]
+    if not smallest <= wanted <= largest:
+        raise UsageError(
+            f"{setting}: the union of masks.num_blocks {config.num_blocks} has {smallest} to {largest} patches; "
+            "choose a number in that range"
+        )

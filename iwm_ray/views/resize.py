@@ -1,0 +1,82 @@
+"""Antialiased bilinear resize of a crop, as two products with banded matrices.
+
+The same function as torchvision's antialiased bilinear resize and Pillow's `resize(..., BILINEAR)`: a
+triangle filter as wide as the scale. NumPy's matrix products make it about 1.4 times faster than Pillow;
+torch would be faster still, but importing it would cost each data worker seconds and 300 MB.
+
+The weights are multiples of 1/256 that sum to one. A uint8 value times two such weights needs 24 bits, so
+every product and every partial sum is exact in float32: the result is the same on every machine, whatever its
+matrix library does. Differs: by that rounding of the weights, 0.15 levels on average from Pillow on
+photographs.
+"""
+
+import functools
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+_BLOCK = 12  # rows of one small product; measured best from 96 to 224 pixels
+_UNITS = 256  # weights are multiples of 1/256
+
+
+def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Resizes `[h w 3]` uint8 to `[size size 3]` uint8; `image` may be a strided view of a larger one."""
+    height, width, channels = image.shape
+    pixels = image.astype(np.float32).reshape(height, width * channels)
+    columns = np.empty((size, width * channels), np.float32)
+    starts, weights = _bands(height, size)
+    for first, start, block in zip(range(0, size, _BLOCK), starts, weights, strict=True):
+        np.matmul(
+            block[: size - first], pixels[start : start + block.shape[1]], out=columns[first : first + _BLOCK]
+        )
+    resized = np.empty((size, size * channels), np.float32)
+    starts, weights = _bands(width, size)
+    for first, start, block in zip(
+        range(0, size, _BLOCK), starts, _for_pixels(weights, channels), strict=True
+    ):
+        part = slice(first * channels, (first + _BLOCK) * channels)
+        source = columns[:, start * channels : start * channels + len(block)]
+        np.matmul(source, block[:, : (size - first) * channels], out=resized[:, part])
+    return cv2.convertScaleAbs(resized).reshape(size, size, channels)
+
+
+def _for_pixels(weights: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
+    """`[k o i]` weights of rows as `[k i*c o*c]` matrices that act on interleaved channels from the right."""
+    num_blocks, num_out, num_in = weights.shape
+    matrices = np.zeros((num_blocks, num_in, channels, num_out, channels), np.float32)
+    for channel in range(channels):
+        matrices[:, :, channel, :, channel] = weights.transpose(0, 2, 1)
+    return matrices.reshape(num_blocks, num_in * channels, num_out * channels)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bands(length: int, size: int) -> tuple[list[int], NDArray[np.float32]]:
+    """The filter from `length` to `size` pixels, cut into blocks of output rows.
+
+    Returns:
+        the first input row of each block, and `[k _BLOCK i]` the weights from `i` input rows to a block's
+        output rows (the last block may hold unused rows of zeros).
+    """
+    first, weights = _triangles(length, size)
+    num_blocks = -(-size // _BLOCK)
+    starts = first[::_BLOCK].copy()
+    stops = np.minimum(np.append(first[_BLOCK::_BLOCK], first[-1]) + weights.shape[1], length)
+    num_in = int((stops - starts).max())
+    starts = np.minimum(starts, length - num_in)
+    bands = np.zeros((num_blocks, _BLOCK, num_in), np.float32)
+    row, tap = weights.nonzero()
+    bands[row // _BLOCK, row % _BLOCK, first[row] + tap - starts[row // _BLOCK]] = weights[row, tap]
+    return starts.tolist(), bands
+
+
+def _triangles(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """For each output pixel its first input pixel `[size]` and its weights `[size t]`, multiples of 1/256."""
+    step = length / size
+    reach = max(step, 1.0)
+    centre = (np.arange(size) + 0.5) * step
+    first = np.maximum(np.floor(centre - reach + 0.5), 0).astype(np.int64)
+    position = first[:, None] + np.arange(int(np.ceil(2 * reach)) + 1)
+    weight = np.maximum(1 - np.abs(position + 0.5 - centre[:, None]) / reach, 0) * (position < length)
+    edges = np.rint(np.cumsum(weight, axis=1) / weight.sum(axis=1, keepdims=True) * _UNITS)
+    return first, (np.diff(edges, axis=1, prepend=0) / _UNITS).astype(np.float32)
