@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from iwm_ray.action_log import ActionLog
@@ -15,7 +16,7 @@ from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.feed import Feed, Image
-from iwm_ray.model.encoder import encoder_width
+from iwm_ray.model.iwm import build_model
 from iwm_ray.randomness import integers
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.views.masks import MaskSampler
@@ -35,15 +36,12 @@ class Setup:
     feed: Feed
     test_index: Index | None
     total_steps: int
+    encoder_width: int
+    """token width of the encoder"""
 
     @property
     def policy(self) -> ViewPolicy:
         return self.feed.policy
-
-    @property
-    def encoder_width(self) -> int:
-        """Token width of the encoder."""
-        return encoder_width(self.config.encoder)
 
 
 def cache_folder(config: Config) -> Path:
@@ -85,7 +83,9 @@ def build(config: Config, run: RunDirectory, progress: Callable[[int], None] | N
         log=ActionLog(run.actions, run.path.name, config.tracking.action_log_fraction),
         quarantine=run.quarantine,
     )
-    return Setup(config, run, feed, test_index, config.total_steps(len(index)))
+    with torch.device("meta"):  # a wrong name or size is found here, not in a worker
+        width = build_model(config, policy.action_dim).encoder.width
+    return Setup(config, run, feed, test_index, config.total_steps(len(index)), width)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Held:
     images: NDArray[np.uint8]
     """`[k s s 3]` shorter side resized, centre cropped"""
     labels: NDArray[np.int32]
-    """`[k]`, -1: none"""
+    """`[k]` classes of the training data, -1: none"""
     samples: NDArray[np.int64]
     """`[k]` sample numbers in the index they come from"""
 
@@ -124,7 +124,8 @@ def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) 
         samples.append(int(sample))
     if not images:
         raise RunError(f"none of the {min(count, len(index))} images chosen for measuring could be read")
-    return Held(np.stack(images), index.labels[np.array(samples)], np.array(samples, np.int64))
+    labels = index.labels_in(setup.feed.index.class_names)
+    return Held(np.stack(images), labels[np.array(samples)], np.array(samples, np.int64))
 
 
 def _clean(image: Image, size: int) -> Image:

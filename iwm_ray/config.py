@@ -233,7 +233,7 @@ class RuntimeConfig(_Part):
     cpus_per_worker: Positive = 1
     """CPUs that Ray reserves for each train worker"""
     threads_per_worker: NonNegativeInt = 0
-    """torch threads of a CPU train worker; 0: the machine's CPUs shared among the workers"""
+    """torch threads of a CPU train worker; 0: the machine's CPUs, less data_cpus, shared among the workers"""
     data_cpus: Positive = 1
     """CPUs that must stay free for the data tasks"""
     data_workers: NonNegativeInt = 0

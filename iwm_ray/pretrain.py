@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(arguments: Sequence[str]) -> None:
+    # Threads that spin while they wait take the CPU from the data tasks beside them (five times slower, measured).
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     command, debug = cli.parse_pretrain(arguments)
     config = command.config
     run = RunDirectory(command.output or Path("runs") / f"{config.recipe}-{config.hash()}")

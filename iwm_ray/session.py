@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 import torch.distributed
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from iwm_ray.batch import Batch
 from iwm_ray.build import MEASURING_EPOCH, Setup, hold
+from iwm_ray.config import RuntimeConfig
 from iwm_ray.data.index import Index
 from iwm_ray.errors import RunError
 from iwm_ray.evaluation.monitors import Monitor
@@ -31,6 +31,9 @@ from iwm_ray.pictures.retrieval import retrieval_gallery
 from iwm_ray.training import checkpoint, metrics_log
 from iwm_ray.training.loop import StepStats, TrainState, autocast, fit
 from iwm_ray.training.metrics_log import MetricsLog
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OpenColumns = Callable[[int], Iterator[dict[str, Tensor]]]
 """From a step, this worker's columns of that step and all later ones."""
@@ -95,8 +98,7 @@ def resume_step(checkpoints: Path) -> int:
 def _work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
     config = setup.config
     if worker.device.type == "cpu":
-        threads = config.runtime.threads_per_worker or max(1, (os.cpu_count() or 1) // worker.count)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(_num_threads(config.runtime, worker.count))
     torch.set_float32_matmul_precision("high")
     model = build_model(config, setup.policy.action_dim).to(worker.device)
     state = TrainState.start(model, config, setup.total_steps)
@@ -112,6 +114,12 @@ def _work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
     if worker.rank == 0:
         measure(setup, model, reporter)
     return Outcome("finished", state.step)
+
+
+def _num_threads(runtime: RuntimeConfig, num_workers: int) -> int:
+    """Threads that must wait for a CPU, because the data tasks hold it, slow all others down: leave them theirs."""
+    spare = (os.cpu_count() or 1) - int(runtime.data_cpus)
+    return runtime.threads_per_worker or max(1, spare // num_workers)
 
 
 def _checked_batches(
@@ -247,6 +255,10 @@ def measuring_batch(setup: Setup, index: Index, samples: np.ndarray, device: tor
 
 def measure(setup: Setup, model: IWM, reporter: Reporter) -> None:
     """The closing measurements and the pictures."""
+    # Only rank 0 draws, and only at the end: the workers start sooner without matplotlib.
+    from iwm_ray.pictures.curves import training_curves
+    from iwm_ray.pictures.retrieval import retrieval_gallery
+
     config, log = setup.config, reporter.log
     index = setup.test_index or setup.feed.index
     held = hold(setup, index, config.monitor.mrr_images, "mrr")
@@ -262,7 +274,7 @@ def measure(setup: Setup, model: IWM, reporter: Reporter) -> None:
     _draw(setup, "curves", training_curves(rows, f"Training curves of {config.recipe}"))
 
 
-def _draw(setup: Setup, name: str, figure: Figure) -> None:
+def _draw(setup: Setup, name: str, figure: "Figure") -> None:
     figure.savefig(setup.run.pictures / f"{name}.png", dpi=150)
 
 

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL.Image import Image
+from PIL.Image import DecompressionBombError, Image
 from PIL.Image import new as new_image
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -47,7 +47,7 @@ _FLIPS = {
 # warnings, which `python -W error` turns into exceptions, can still come from chunks behind the pixels.
 _PILLOW_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError),
-    *(OverflowError, MemoryError, struct.error, zlib.error, Warning),
+    *(OverflowError, MemoryError, struct.error, zlib.error, DecompressionBombError, Warning),
 )
 _OTHER_FORMATS = (
     (b"GIF8", "a GIF"),

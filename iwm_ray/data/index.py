@@ -135,6 +135,13 @@ class Index:
             return Index._from_bytes, (str(self._directory), file.read_bytes())
         return Index.load, (str(self._directory),)
 
+    def __eq__(self, other: object) -> bool:
+        """Copies of one index are equal: the cache names it by its content."""
+        return isinstance(other, Index) and other._directory == self._directory
+
+    def __hash__(self) -> int:
+        return hash(self._directory)
+
     def __len__(self) -> int:
         return len(self._batch)
 

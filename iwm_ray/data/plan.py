@@ -55,6 +55,8 @@ class Plan:
 
     def locate(self, counters: Counters) -> tuple[Counters, Counters]:
         """`[n]` counters (0 or larger) -> `[n]` epochs and `[n]` places in the epoch's order."""
+        if len(counters) and counters.min() < 0:
+            raise ValueError("counters must lie in range(2**63)")
         epochs, positions = np.divmod(counters, self.samples_per_epoch)
         return epochs, positions
 

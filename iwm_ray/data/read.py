@@ -14,6 +14,7 @@ from iwm_ray.data import listing
 from iwm_ray.data.decode import Undecodable
 from iwm_ray.data.index import Index
 from iwm_ray.data.sources import MAX_SAMPLE_BYTES
+from iwm_ray.errors import RunError
 
 _NUM_HANDLES = 64
 _NUM_REMOTE_READERS = 16
@@ -32,7 +33,6 @@ class Reader:
     def __init__(self, index: Index) -> None:
         self._index = index
         self._local_file = functools.lru_cache(_NUM_HANDLES)(_LocalFile)
-        self._remote_file = functools.lru_cache(_NUM_HANDLES)(self._open_remote)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Reader, (self._index,)
@@ -42,7 +42,8 @@ class Reader:
 
         Raises:
             Undecodable: the file is gone, forbidden, changed or too large, or cannot be read after several
-            tries.
+                tries.
+            RunError: the cache, which holds what was packed from Parquet, is gone.
         """
         path, offset, size = self._index.place(i)
         _check_size(size)
@@ -50,18 +51,19 @@ class Reader:
             try:
                 return self._read(path, offset, size)
             except _HOPELESS as error:
+                if self._index.is_packed:
+                    raise RunError(f"{path}: {error.strerror}; every node must reach runtime.cache") from None
                 raise Undecodable(f"cannot be read: {error.strerror or error}") from None
             except OSError as error:
                 if wait is None:
                     raise Undecodable(f"cannot be read: {error.strerror or error}") from None
-                self._local_file.cache_clear()
-                self._remote_file.cache_clear()
+                (self._remote_file if self._is_remote else self._local_file).cache_clear()
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
     def read_many(self, indices: Iterable[int]) -> list[bytes | Undecodable]:
         """`read` for each index, in order; what it would raise stands in the place of the bytes."""
-        if not self._index.uri:
+        if not self._is_remote:
             return [self._try(i) for i in indices]
         with ThreadPoolExecutor(_NUM_REMOTE_READERS) as threads:
             return list(threads.map(self._try, indices))
@@ -73,25 +75,27 @@ class Reader:
             return failure
 
     def _read(self, path: str, offset: int, size: int) -> bytes:
-        remote = bool(self._index.uri) and not self._index.is_packed
         if size < 0:
-            return self._whole_remote_file(path) if remote else _whole_file(path)
-        if remote:
-            data = self._remote_file(path).read_at(size, offset)
-        else:
-            data = self._local_file(path).read(size, offset)
+            return self._whole_remote_file(path) if self._is_remote else _whole_file(path)
+        file = self._remote_file(path) if self._is_remote else self._local_file(path)
+        data = file.read_at(size, offset)
         if len(data) < size:
             raise Undecodable(
                 f"{os.path.basename(path)} ends inside this sample: it was cut after it was indexed"
             )
         return data
 
+    @property
+    def _is_remote(self) -> bool:
+        return bool(self._index.uri) and not self._index.is_packed
+
     @functools.cached_property
     def _filesystem(self) -> pyarrow.fs.FileSystem:
         return listing.open_filesystem(self._index.uri)[0]
 
-    def _open_remote(self, path: str) -> Any:
-        return self._filesystem.open_input_file(path)
+    @functools.cached_property
+    def _remote_file(self) -> Any:
+        return functools.lru_cache(_NUM_HANDLES)(self._filesystem.open_input_file)
 
     def _whole_remote_file(self, path: str) -> bytes:
         with self._filesystem.open_input_file(path) as file:
@@ -109,7 +113,7 @@ class _LocalFile:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
-    def read(self, size: int, offset: int) -> bytes:
+    def read_at(self, size: int, offset: int) -> bytes:
         return os.pread(self._descriptor, size, offset)
 
 

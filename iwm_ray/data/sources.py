@@ -233,7 +233,7 @@ def _columns(root: Location, shard: Shard, schema: pa.Schema, data: DataConfig) 
     is_struct, image_type = False, schema.field(image).type
     if pa.types.is_struct(image_type) and image_type.get_field_index("bytes") >= 0:
         is_struct, image_type = True, image_type.field("bytes").type
-    if not _is_binary(image_type):
+    if not _is_binary(image_type.value_type if pa.types.is_dictionary(image_type) else image_type):
         raise root.refuse(
             f"data.image_column '{data.image_column}' of {shard.name} has type "
             f"{schema.field(data.image_column).type}; needs binary, or a struct with a binary field `bytes`"
@@ -314,7 +314,10 @@ def _batches(root: Location, shard: Shard, columns: _Columns) -> Iterator[pa.Rec
 def _pack(batch: pa.RecordBatch, columns: _Columns, packed: BinaryIO) -> NDArray[np.int64]:
     """Appends the cells to `packed`, all but those too large. Returns `[rows]` sizes in bytes, 0 for null."""
     cells = batch.column(columns.image)
-    cells = (pc.struct_field(cells, "bytes") if columns.is_struct else cells).cast(pa.large_binary())
+    cells = pc.struct_field(cells, "bytes") if columns.is_struct else cells
+    cells = (cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells).cast(
+        pa.large_binary()
+    )
     sizes = pc.fill_null(pc.binary_length(cells), 0).to_numpy(zero_copy_only=False)
     for row in np.flatnonzero((sizes > 0) & (sizes <= MAX_SAMPLE_BYTES)):
         packed.write(cells[row].as_buffer())

@@ -43,11 +43,12 @@ def knn_classes(
     Returns:
         `[q]` int64, without waiting for the device.
     """
-    bank = F.normalize(bank.float(), dim=1)
     num_neighbors = min(num_neighbors, len(bank))
+    # In float64, which autocast leaves alone: bfloat16 keeps three digits of a cosine.
+    queries, bank = (F.normalize(features.double(), dim=1) for features in (queries, bank))
     classes = []
     for part in queries.split(_QUERIES_AT_ONCE):
-        similarity, neighbors = (F.normalize(part.float(), dim=1) @ bank.T).topk(num_neighbors, dim=1)
+        similarity, neighbors = (part @ bank.T).topk(num_neighbors, dim=1)
         # Relative to the nearest, so that no temperature overflows.
         votes = ((similarity - similarity[:, :1]) / temperature).exp()
         tally = votes.new_zeros(len(part), num_classes).scatter_add_(1, bank_labels[neighbors], votes)
@@ -84,6 +85,11 @@ def knn_accuracy(
     found = knn_classes(queries, bank, bank_labels.long(), num_classes, num_neighbors, temperature)
     return KnnResult(
         top1=float((found == query_labels).double().mean()),
-        chance=float(query_labels.long().bincount().max()) / len(query_labels),
+        chance=best_constant(query_labels),
         uniform=1 / len(bank_labels.unique()),
     )
+
+
+def best_constant(labels: Tensor) -> float:
+    """The share of the most frequent class in `[q]` labels of 0 and more."""
+    return float(labels.long().bincount().max()) / len(labels)

@@ -17,6 +17,7 @@ from torch import Tensor
 from iwm_ray import randomness
 from iwm_ray.errors import UsageError
 from iwm_ray.evaluation.features import measuring, model_device
+from iwm_ray.evaluation.shuffle import derangement
 from iwm_ray.model.iwm import IWM
 from iwm_ray.views.device import device_views
 from iwm_ray.views.draws import Draws, Keys
@@ -109,7 +110,7 @@ def measure_mrr(
             "views.brightness, contrast, saturation, hue are all 0: MRR needs views that differ; raise one"
         )
     draws = bank_draws(policy, len(images), num_views, seed)
-    shuffled = np.stack([_derangement(seed, number, num_views) for number in range(len(images))])
+    shuffled = np.stack([derangement(seed, number, num_views) for number in range(len(images))])
     ranker = _Ranker(model, policy, batch_size)
     with measuring(model):
         table = ranker.table(images, draws, shuffled)
@@ -252,14 +253,6 @@ def _channels_first(images: Tensor) -> Tensor:
 
 def _rows(draws: Draws, first: int, count: int) -> Draws:
     return {name: column[first : first + count] for name, column in draws.items()}
-
-
-def _derangement(seed: int, number: int, count: int) -> NDArray[np.int64]:
-    """A permutation of 0..count-1 that leaves nothing in its place: one step along a random circle."""
-    circle = np.argsort(randomness.uniforms(seed, 0, np.array([number]), "mrr shuffle", count)[0])
-    shuffled = np.empty(count, np.int64)
-    shuffled[circle] = np.roll(circle, 1)
-    return shuffled
 
 
 def _metrics(table: dict[str, NDArray], seed: int) -> dict[str, float]:

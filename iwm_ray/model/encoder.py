@@ -106,10 +106,10 @@ def check_token_width(setting: str, width: int, num_heads: int) -> None:
 
 
 def _create_vit(config: EncoderConfig, image_size: int) -> VisionTransformer:
-    known = timm.list_models(module="vision_transformer")
+    known = timm.list_models(module=["vision_transformer", "deit"])
     if config.name not in known:
         close = difflib.get_close_matches(config.name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "see timm.list_models(module='vision_transformer')"
+        hint = f"did you mean {close[0]}?" if close else "see timm.list_models('vit*')"
         raise UsageError(f"encoder.name {config.name}: timm has no such Vision Transformer; {hint}")
     changes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.num_heads}
     if config.width and config.num_heads:
@@ -131,5 +131,7 @@ def _create_vit(config: EncoderConfig, image_size: int) -> VisionTransformer:
         raise UsageError(
             f"encoder {config.name} with {changes}: timm refuses it ({error}); change encoder.*"
         ) from error
+    if type(vit) is not VisionTransformer:  # a subclass has more tokens, or another forward pass
+        raise UsageError(f"encoder.name {config.name}: is a {type(vit).__name__}; choose a plain vit_* name")
     check_token_width("encoder", vit.embed_dim, vit.blocks[0].attn.num_heads)
     return vit

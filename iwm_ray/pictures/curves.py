@@ -3,13 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from iwm_ray.pictures.style import BLUE, DPI, GREY, HEADING, INK, ORANGE, PALE, SMALL, TEXT, TITLE
+
+Rows = Sequence[Mapping[str, Any]]
+"""lines of metrics.jsonl: `step` and metric name -> number, or None where it was not finite"""
 
 _COLUMNS = 3
 _DOTS_UP_TO = 40  # readings; more of them make a line of dots unreadable
@@ -42,12 +46,12 @@ PANELS = (
 )
 
 
-def training_curves(rows: Sequence[Mapping[str, float]], title: str = "Training curves") -> Figure:
+def training_curves(rows: Rows, title: str = "Training curves") -> Figure:
     """Draws small multiples of whatever the rows hold.
 
     Args:
-        rows: lines of metrics.jsonl: `step` and metric name -> number, in any order; a row need not hold every metric;
-            numbers that are not finite are left out and counted in the panel's title.
+        rows: in any order; a row need not hold every metric. Values that are not finite are left out and counted in
+            the panel's title.
         title: above the panels.
 
     Returns:
@@ -55,8 +59,8 @@ def training_curves(rows: Sequence[Mapping[str, float]], title: str = "Training 
     """
     panels = [panel for panel in PANELS if any(panel.metric in row for row in rows)]
     lines = max(1, math.ceil(len(panels) / _COLUMNS))
-    figure = Figure(figsize=(12, 0.8 + 2.3 * lines), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, hspace=0.04, wspace=0.03)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, hspace=0.04, wspace=0.03)
+    figure = Figure(figsize=(12, 0.8 + 2.3 * lines), dpi=DPI, layout=layout)
     figure.suptitle(title, fontsize=TITLE, color=INK, x=0.01, ha="left", fontweight="bold")
     if not panels:
         axes = figure.add_subplot()
@@ -72,7 +76,7 @@ def training_curves(rows: Sequence[Mapping[str, float]], title: str = "Training 
     return figure
 
 
-def _draw(axes: Axes, panel: Panel, rows: Sequence[Mapping[str, float]], last: float) -> None:
+def _draw(axes: Axes, panel: Panel, rows: Rows, last: float) -> None:
     steps, values, num_bad = _series(rows, panel.metric)
     marker = "o" if len(steps) <= _DOTS_UP_TO else ""
     axes.plot(steps, values, color=BLUE, linewidth=1.4, marker=marker, markersize=3)
@@ -106,8 +110,8 @@ def _set_scale(axes: Axes, panel: Panel, values: Sequence[float]) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _series(rows: Sequence[Mapping[str, float]], metric: str) -> tuple[list[float], list[float], int]:
+def _series(rows: Rows, metric: str) -> tuple[list[float], list[float], int]:
     """Steps and finite values of a metric in order of the steps, and how many values were not finite."""
-    points = sorted((row["step"], row[metric]) for row in rows if metric in row)
-    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    points = [(row["step"], row[metric]) for row in rows if metric in row]
+    finite = sorted((step, value) for step, value in points if value is not None and math.isfinite(value))
     return [step for step, _ in finite], [value for _, value in finite], len(points) - len(finite)

@@ -168,12 +168,10 @@ def connect(config: Config, debug: bool = False) -> None:
     _knock(address)
     try:
         ray.init(address=address, log_to_driver=debug, logging_level=level)
-    except AuthenticationError as error:
-        raise UsageError(
-            f"RAY_ADDRESS {address}: the cluster refuses our token ({_first_line(error)}); "
-            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-        ) from None
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        if "Authentication" in f"{type(error)} {error.__cause__}":
+            fix = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token"
+            raise UsageError(f"RAY_ADDRESS {address}: the cluster does not take our token; {fix}") from None
         raise UsageError(
             f"RAY_ADDRESS {address}: {_first_line(error)}; start the cluster or unset it"
         ) from None
@@ -333,7 +331,7 @@ def _needs(asked: Asked) -> str:
 
 def _offer(present: Sequence[Node], what: str = "cpus") -> str:
     """`6 (2 nodes: 4, 2)`, or `26 (7 nodes: 6 x 4, 1 x 2)` where there are many."""
-    values = [getattr(node, what) for node in present]
+    values = sorted((getattr(node, what) for node in present), reverse=True)
     each = ", ".join(f"{value:g}" for value in values)
     if len(values) > 4:
         each = ", ".join(f"{count} x {value:g}" for value, count in Counter(values).most_common())

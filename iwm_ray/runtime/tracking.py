@@ -724,10 +724,11 @@ def _failures() -> tuple[type[BaseException], ...]:
 
 def _reason(failure: BaseException) -> str:
     """The innermost cause in one short line, without credentials."""
-    while inner := failure.__cause__ or failure.__context__ or getattr(failure, "reason", None):
-        if not isinstance(inner, BaseException):
-            break
+    inner: BaseException | None = failure
+    while inner is not None:
         failure = inner
+        wrapped = next((argument for argument in failure.args if isinstance(argument, BaseException)), None)
+        inner = failure.__cause__ or failure.__context__ or wrapped
     lines = str(failure).strip().splitlines()
     return without_credentials(lines[0] if lines else type(failure).__name__)[:200]
 

@@ -42,29 +42,33 @@ def device_views(crops: Tensor, draws: Draws, policy: ViewPolicy) -> tuple[Tenso
     Returns:
         source and target, `[b 3 s s]` uint8.
     """
-    images = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    target = _jitter(images, draws, policy.target_jitter)
-    source = _jitter(images if policy.source_base == "crop" else target, draws, policy.source_jitter)
-    gray = np.flatnonzero(draws["source_grayscale"])
-    _change(source, gray, to_gray)
-    blurred = np.flatnonzero(draws["source_blur"])
-    _change(source, blurred, gaussian_blur, _kernels(draws["source_blur_radius"][blurred], images.shape[-1]))
-    solarized = np.flatnonzero(draws["source_solarize"])
-    _change(source, solarized, solarize, draws["source_solarize_threshold"][solarized])
-    return source.to(torch.uint8), target.to(torch.uint8)
+    with torch.no_grad(), torch.autocast(crops.device.type, enabled=False):  # the loop may be inside one
+        images = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        target = _jitter(images, draws, policy.target_jitter)
+        source = _jitter(images if policy.source_base == "crop" else target, draws, policy.source_jitter)
+        _destroy(source, draws)
+        return source.to(torch.uint8), target.to(torch.uint8)
 
 
 def _jitter(images: Tensor, draws: Draws, jitter: ColorJitter) -> Tensor:
     """A jittered copy of `[b 3 s s]` images; each row has an order of its own."""
     images = images.clone()
+    operations = (adjust_brightness, adjust_contrast, adjust_saturation, shift_hue)
     applied, order = draws[f"{jitter.view}_jitter"], draws[f"{jitter.view}_order"]
     for place in range(order.shape[1]):
-        for operation, function in enumerate(
-            (adjust_brightness, adjust_contrast, adjust_saturation, shift_hue)
-        ):
+        for operation, function in enumerate(operations):
             rows = np.flatnonzero(applied & (order[:, place] == operation))
             _change(images, rows, function, draws[f"{jitter.view}_{jitter.NAMES[operation]}"][rows])
     return images
+
+
+def _destroy(images: Tensor, draws: Draws) -> None:
+    """Grayscale, blur and solarize, in place, on the rows that drew them."""
+    _change(images, np.flatnonzero(draws["source_grayscale"]), to_gray)
+    rows = np.flatnonzero(draws["source_blur"])
+    _change(images, rows, gaussian_blur, _kernels(draws["source_blur_radius"][rows], images.shape[-1]))
+    rows = np.flatnonzero(draws["source_solarize"])
+    _change(images, rows, solarize, draws["source_solarize_threshold"][rows])
 
 
 def _change(images: Tensor, rows: NDArray, function: Callable[..., Tensor], *parameters: NDArray) -> None:
@@ -87,8 +91,8 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """`[b 3 s s]` images with `[b]` factors."""
-    total = images.sum(dim=(2, 3)).double()  # exact up to 256 x 256 pixels
-    luma = total @ total.new_tensor(LUMA) / images[0, 0].numel()
+    red, green, blue = images.sum(dim=(2, 3)).double().unbind(1)  # exact up to 256 x 256 pixels
+    luma = (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue) / images[0, 0].numel()
     return _blend(images, (luma + 0.5).floor().float()[:, None, None, None], factor)
 
 
@@ -135,7 +139,9 @@ def _divide(scale: float, numerator: Tensor, denominator: Tensor) -> Tensor:
 
 def _to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     """Three `[b s s]` whole numbers in 0..255 -> `[b 3 s s]` RGB; a hue of 255 is a whole turn."""
-    sixth = (hue * (6 / HUE_LEVELS_TO_RGB))[:, None] + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]
+    sixth = (hue * (6 / HUE_LEVELS_TO_RGB))[:, None] + torch.arange(5, 0, -2, device=hue.device)[
+        :, None, None
+    ]
     sixth = torch.where(sixth >= 6, sixth - 6, sixth)
     distance = torch.minimum(sixth, 4 - sixth).clamp_(0, 1)  # of each channel from its place of full value
     return (value[:, None] * (1 - (saturation / 255)[:, None] * distance)).round_()

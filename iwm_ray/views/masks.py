@@ -7,7 +7,7 @@ sets of rectangles the one whose union comes closest is taken, and the few patch
 are added or removed uniformly at random.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -56,10 +56,12 @@ class MaskSampler:
         Raises:
             UsageError: no mask of that kind fits the grid.
         """
-        _check_blocks(config, grid)
-        wanted = config.num_target_tokens or _mean_union(config, grid)
-        _check_target_tokens(config, grid, wanted)
-        return cls(grid, config.num_blocks, config.block_scale, config.block_aspect, wanted)
+        settings = (config.num_blocks, config.block_scale, config.block_aspect, config.num_target_tokens)
+        sampler = cls(grid, *settings)
+        sampler._check_blocks()
+        sampler = replace(sampler, num_target_tokens=config.num_target_tokens or sampler._mean_union())
+        sampler._check_target_tokens()
+        return sampler
 
     @property
     def num_context_tokens(self) -> int:
@@ -69,49 +71,83 @@ class MaskSampler:
     def draw(self, seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> Masks:
         """Draws the masks of `[b]` samples; a row depends on nothing but its own seed, epoch and sample."""
         keys = Keys(seed, epochs, samples)
-        blocks = _candidates(keys, "mask", self.num_blocks, self.block_scale, self.block_aspect, self.grid)
+        blocks = self._candidates(keys, "mask")
         unions = _union(blocks, self.grid)
         chosen = np.abs(unions.sum(axis=2) - self.num_target_tokens).argmin(axis=1)
         rows = np.arange(len(keys))
         target = unions[rows, chosen]
         _repair(target, self.num_target_tokens, keys)
         return Masks(
-            context_idx=np.nonzero(~target)[1].reshape(len(keys), -1).astype(np.int16),
-            target_idx=np.nonzero(target)[1].reshape(len(keys), -1).astype(np.int16),
+            context_idx=np.nonzero(~target)[1].reshape(len(keys), self.num_context_tokens).astype(np.int16),
+            target_idx=np.nonzero(target)[1].reshape(len(keys), self.num_target_tokens).astype(np.int16),
             blocks=blocks[rows, chosen].astype(np.int16),
         )
 
+    def _candidates(self, keys: Keys, purpose: str) -> NDArray[np.int64]:
+        """`[b 16 k 4]` rectangles (top, left, height, width); all places where one fits are equally likely."""
+        uniform = keys.uniforms(purpose, _NUM_CANDIDATES * self.num_blocks * 2)
+        uniform = uniform.reshape(-1, _NUM_CANDIDATES, self.num_blocks, 2)
+        scale, top = _two(uniform[..., 0])
+        aspect, left = _two(uniform[..., 1])
+        height, width = self._size(between(*self.block_scale, scale), between(*self.block_aspect, aspect))
+        top = np.floor(top * (self.grid[0] - height + 1))
+        left = np.floor(left * (self.grid[1] - width + 1))
+        return np.stack([top, left, height, width], axis=-1).astype(np.int64)
 
-def _candidates(
-    keys: Keys,
-    purpose: str,
-    num_blocks: int,
-    scale: tuple[float, float],
-    aspect: tuple[float, float],
-    grid: tuple[int, int],
-) -> NDArray[np.int64]:
-    """`[b 16 k 4]` rectangles (top, left, height, width); every place where one fits is equally likely."""
-    uniform = keys.uniforms(purpose, _NUM_CANDIDATES * num_blocks * 2).reshape(
-        -1, _NUM_CANDIDATES, num_blocks, 2
-    )
-    scale_draw, top_draw = _two(uniform[..., 0])
-    aspect_draw, left_draw = _two(uniform[..., 1])
-    height, width = _block_size(between(*scale, scale_draw), between(*aspect, aspect_draw), grid)
-    top = np.floor(top_draw * (grid[0] - height + 1))
-    left = np.floor(left_draw * (grid[1] - width + 1))
-    return np.stack([top, left, height, width], axis=-1).astype(np.int64)
+    def _size(self, scale: NDArray, aspect: NDArray) -> tuple[NDArray, NDArray]:
+        """(height, width) in whole patches of rectangles of that share of the grid and that aspect."""
+        area = scale * (self.grid[0] * self.grid[1])
+        return np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+
+    def _extreme_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((smallest, largest) height, (smallest, largest) width) of a rectangle, patches."""
+        (small, large), (flat, tall) = self.block_scale, self.block_aspect
+        height, width = self._size(np.array([small, large, small, large]), np.array([flat, tall, tall, flat]))
+        return (int(height[0]), int(height[1])), (int(width[2]), int(width[3]))
+
+    def _mean_union(self) -> int:
+        """Mean number of patches in a union, rounded, from a fixed draw: the same for every seed of a run."""
+        keys = Keys(0, np.zeros(_NUM_IMAGES_FOR_MEAN, np.int64), np.arange(_NUM_IMAGES_FOR_MEAN))
+        return round(float(_union(self._candidates(keys, "mask_mean"), self.grid).sum(axis=2).mean()))
+
+    def _check_blocks(self) -> None:
+        heights, widths = self._extreme_sizes()
+        scale, aspect = ("{:g} {:g}".format(*limits) for limits in (self.block_scale, self.block_aspect))
+        grid = "{} x {}".format(*self.grid)
+        setting = f"masks.block_scale {scale} with masks.block_aspect {aspect} on a grid of {grid} patches"
+        if min(heights[0], widths[0]) < 1:
+            raise UsageError(
+                f"{setting}: blocks as small as {heights[0]} x {widths[0]} patches, at least 1 x 1 is needed; raise "
+                "the first value of masks.block_scale"
+            )
+        if heights[1] > self.grid[0] or widths[1] > self.grid[1]:
+            raise UsageError(
+                f"{setting}: blocks of up to {heights[1]} x {widths[1]} patches do not fit; lower the second "
+                "value of masks.block_scale or bring masks.block_aspect closer to 1"
+            )
+
+    def _check_target_tokens(self) -> None:
+        num_tokens, wanted = self.grid[0] * self.grid[1], self.num_target_tokens
+        grid = "{} x {}".format(*self.grid)
+        if wanted >= num_tokens:
+            raise UsageError(
+                f"masks.num_target_tokens {wanted} (where it is 0: the mean union of the blocks) on a grid of {grid} "
+                f"patches: at most {num_tokens - 1}, since the context needs one; lower it, masks.num_blocks or "
+                "masks.block_scale"
+            )
+        heights, widths = self._extreme_sizes()
+        smallest, largest = heights[0] * widths[0], self.num_blocks * heights[1] * widths[1]
+        if not smallest <= wanted <= largest:
+            raise UsageError(
+                f"masks.num_target_tokens {wanted}: the union of masks.num_blocks {self.num_blocks} on a grid of "
+                f"{grid} has {smallest} to {largest} patches; choose a number in that range"
+            )
 
 
 def _two(uniform: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Cuts each number of 53 random bits into two independent ones, of 27 and 26 bits, all in [0, 1)."""
     fraction, whole = np.modf(uniform * 2.0**26)
     return fraction, whole * 2.0**-26
-
-
-def _block_size(scale: NDArray, aspect: NDArray, grid: tuple[int, int]) -> tuple[NDArray, NDArray]:
-    """(height, width) in whole patches of rectangles with that share of the grid and that height / width."""
-    area = np.asarray(scale) * grid[0] * grid[1]
-    return np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
 
 
 def _union(blocks: NDArray[np.int64], grid: tuple[int, int]) -> NDArray[np.bool_]:
@@ -123,7 +159,7 @@ def _union(blocks: NDArray[np.int64], grid: tuple[int, int]) -> NDArray[np.bool_
     union = np.zeros((*blocks.shape[:2], *grid), bool)
     for block in range(blocks.shape[2]):
         union |= in_rows[:, :, block, :, None] & in_columns[:, :, block, None, :]
-    return union.reshape(*blocks.shape[:2], -1)
+    return union.reshape(*blocks.shape[:2], grid[0] * grid[1])
 
 
 def _repair(target: NDArray[np.bool_], wanted: int, keys: Keys) -> None:
@@ -136,53 +172,3 @@ def _repair(target: NDArray[np.bool_], wanted: int, keys: Keys) -> None:
         pick = np.floor(uniform[rows, step] * pool.sum(axis=1))
         token = (pool.cumsum(axis=1) > pick[:, None]).argmax(axis=1)
         target[rows, token] ^= True
-
-
-def _mean_union(config: MasksConfig, grid: tuple[int, int]) -> int:
-    """Mean number of patches in the union, rounded, from a fixed draw: the same for every seed of a run."""
-    keys = Keys(0, np.zeros(_NUM_IMAGES_FOR_MEAN, np.int64), np.arange(_NUM_IMAGES_FOR_MEAN))
-    blocks = _candidates(keys, "mask_mean", config.num_blocks, config.block_scale, config.block_aspect, grid)
-    return round(float(_union(blocks, grid).sum(axis=2).mean()))
-
-
-def _extreme_sizes(config: MasksConfig, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((smallest, largest) height, (smallest, largest) width) of a rectangle, patches."""
-    (small, large), (flat, tall) = config.block_scale, config.block_aspect
-    height, width = _block_size(
-        np.array([small, large, small, large]), np.array([flat, tall, tall, flat]), grid
-    )
-    return (int(height[0]), int(height[1])), (int(width[2]), int(width[3]))
-
-
-def _check_blocks(config: MasksConfig, grid: tuple[int, int]) -> None:
-    heights, widths = _extreme_sizes(config, grid)
-    scale, aspect = ("{:g} {:g}".format(*limits) for limits in (config.block_scale, config.block_aspect))
-    setting = f"masks.block_scale {scale} with masks.block_aspect {aspect}"
-    if min(heights[0], widths[0]) < 1:
-        raise UsageError(
-            f"{setting}: the smallest block rounds to {heights[0]} x {widths[0]} patches on a grid of "
-            f"{grid[0]} x {grid[1]}, at least 1 x 1 is needed; raise masks.block_scale's first value"
-        )
-    if heights[1] > grid[0] or widths[1] > grid[1]:
-        raise UsageError(
-            f"{setting}: blocks of up to {heights[1]} x {widths[1]} patches do not fit the grid of "
-            f"{grid[0]} x {grid[1]}; lower masks.block_scale's second value or bring masks.block_aspect to 1"
-        )
-
-
-def _check_target_tokens(config: MasksConfig, grid: tuple[int, int], wanted: int) -> None:
-    num_tokens = grid[0] * grid[1]
-    origin = "" if config.num_target_tokens else " (the mean union of the blocks)"
-    setting = f"masks.num_target_tokens {wanted}{origin}, grid of {grid[0]} x {grid[1]}"
-    if wanted >= num_tokens:
-        raise UsageError(
-            f"{setting}: at most {num_tokens - 1} patches may be predicted, since at least one must be left as "
-            "context; lower it, masks.num_blocks or masks.block_scale"
-        )
-    heights, widths = _extreme_sizes(config, grid)
-    smallest, largest = heights[0] * widths[0], config.num_blocks * heights[1] * widths[1]
-    if not smallest <= wanted <= largest:
-        raise UsageError(
-            f"{setting}: the union of masks.num_blocks {config.num_blocks} has {smallest} to {largest} patches; "
-            "choose a number in that range"
-        )

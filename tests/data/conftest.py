@@ -27,7 +27,9 @@ def tree(tmp_path: Path, jpeg: bytes) -> Path:
     for name in ("cat/a.jpg", "cat/b.jpeg", "cat/c.JPG", "dog/a.jpg", "dog/puppies/b.jpg"):
         path = tmp_path / "tree" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg + name.encode())  # the decoder ignores bytes behind the image; tests tell them apart
+        path.write_bytes(
+            jpeg + name.encode()
+        )  # the decoder ignores bytes behind the image; tests tell them apart
     return tmp_path / "tree"
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from iwm_ray.data.plan import Plan, permute
 from iwm_ray.errors import UsageError
 

@@ -72,3 +72,11 @@ def test_a_tiny_temperature_does_not_overflow() -> None:
     bank, bank_labels = _clusters(0, 60)
     nearest_only = knn_classes(bank[:5], bank, bank_labels, 5, num_neighbors=10, temperature=1e-4)
     assert nearest_only.tolist() == bank_labels[:5].tolist()
+
+
+def test_autocast_does_not_blunt_the_cosines() -> None:
+    bank, bank_labels = _clusters(0, 60)
+    queries, _ = _clusters(1, 30)
+    expected = knn_classes(queries, bank, bank_labels, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(knn_classes(queries, bank, bank_labels, 5), expected)

@@ -157,14 +157,14 @@ def test_the_model_and_the_global_generators_are_left_alone() -> None:
     model.train()
     model.target_encoder.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     measure_mrr(model, images, POLICY, seed=1, num_views=4)
     assert model.training
     assert model.predictor.blocks[0].training
     assert not model.target_encoder.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == numpy_state).all()
 
 
 def test_banks_are_keyed_by_seed_and_image_and_grow_at_the_end() -> None:
@@ -245,3 +245,18 @@ def test_nearly_equal_views_are_told_apart_and_equal_ones_tie() -> None:
     assert ranks.tolist() == [1.5, 1.5, 1, 1, 1]
     # From a prediction at the second place, the others follow in the order of their scales.
     assert token_distances(bank[2:3], bank)[0].argsort()[0] == 2
+
+
+def test_distances_keep_their_digits_under_autocast() -> None:
+    tokens = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
+    expected = token_distances(tokens, tokens.flip(0)), pooled_distances(tokens, tokens.flip(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(token_distances(tokens, tokens.flip(0)), expected[0])
+        assert torch.equal(pooled_distances(tokens, tokens.flip(0)), expected[1])
+        result = measure_mrr(_model(), _images(1), POLICY, seed=0, num_views=4)
+    assert np.isfinite(list(result.metrics.values())).all()
+
+
+def test_a_seed_keeps_its_banks_for_ever() -> None:
+    brightness = bank_draws(POLICY, 1, 3, seed=0)["target_brightness"]
+    assert brightness == pytest.approx([0.64451045, 1.2477195, 1.0644114], abs=1e-6)

