@@ -78,7 +78,7 @@ def build(config: Config, run: RunDirectory, progress: Callable[[int], None] | N
         index=index,
         policy=policy,
         masks=masks,
-        limits=DecodeLimits(config.data.max_pixels, config.data.min_side, config.data.background),
+        limits=DecodeLimits.from_config(config.data),
         where=config.views.where,
         log=ActionLog(run.actions, run.path.name, config.tracking.action_log_fraction),
         quarantine=run.quarantine,

@@ -86,7 +86,7 @@ def validate(tree: dict[str, Any]) -> Config:
 
 
 def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
-    """Runs a command; turns foreseeable failures into one line on stderr and the exit code."""
+    """Runs a command; turns foreseeable failures and Ctrl-C into one line on stderr and the exit code."""
     try:
         main(arguments)
     except (UsageError, RunError) as error:
@@ -94,6 +94,9 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str])
             traceback.print_exc()
         print(f"iwm-ray: error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("iwm-ray: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -14,3 +14,7 @@ class RunError(Exception):
     """A run that failed while running: exit code 1. The run directory stays resumable."""
 
     exit_code = 1
+
+
+class SupersededError(RunError):
+    """A newer attempt has taken over the run directory: this process must write nothing there any more."""

@@ -1,11 +1,13 @@
 """The feed: rows of the run's stream of samples, each a pure function of its counter.
 
-This is the whole way from a number to training columns: counter -> epoch and sample (data/plan.py) -> bytes (data/index.py)
--> pixels (data/decode.py) -> crop, views, action (views/policy.py) -> masks (views/masks.py) -> the action log. Ray Data
-tasks, the local loader and the replay call the same `Feed.rows`. Torch is not imported here: it would cost every data
-task seconds and hundreds of megabytes.
+This is the whole way from a number to training columns: counter -> epoch and sample (data/plan.py) -> bytes
+(data/read.py) -> size (data/decode.py) -> draws (views/policy.py) and masks (views/masks.py) -> pixels, crop and
+views -> the action log. Ray Data tasks, the local loader and the replay call the same `Feed.rows`. Torch is not
+imported here: it would cost every data task seconds and hundreds of megabytes.
 """
 
+import contextlib
+import fcntl
 import json
 import zlib
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_ray.action_log import ActionLog
-from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
+from iwm_ray.data.decode import DecodeLimits, EncodedImage, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan
 from iwm_ray.data.read import Reader
@@ -44,6 +46,11 @@ class Feed:
     log: ActionLog | None = None
     quarantine: Path | None = None
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's view columns, nearly all that a row holds."""
+        return len(self._view_names) * self.policy.crop_box.size**2 * 3
+
     def rows(self, counters: NDArray[np.int64]) -> Columns:
         """The rows of one block, logged.
 
@@ -62,49 +69,30 @@ class Feed:
         """The rows of any samples, as they are seen in these epochs.
 
         Returns:
-            `counter [b]`, `action [b a]` float32, `context_idx [b c]`, `target_idx [b t]` int16, `weight [b]` float32
-            (0: quarantined), and `source`, `target [b s s 3]` uint8, or `crop [b s s 3]` uint8 and `draws [b p]` float32.
+            `counter [b]`, `action [b a]` float32, `context_idx [b c]`, `target_idx [b t]` int16, `weight [b]`
+            float32 (0: quarantined, the views are black), and `source`, `target [b s s 3]` uint8, or
+            `crop [b s s 3]` uint8 and `draws [b p]` float32.
         """
-        images, reasons = self._images(samples)
-        draws = self.draw(epochs, samples, images)
+        images = self._open(samples)
+        heights, widths = _sizes(images)
+        draws = self.policy.draw(self.seed, epochs, samples, heights, widths)
         masks = self.masks.draw(self.seed, epochs, samples)
+        views, reasons = self._views(images, draws)
         columns: Columns = {
             "counter": counters,
             "action": self.policy.encode(draws),
             "context_idx": masks.context_idx,
             "target_idx": masks.target_idx,
-            "weight": np.array([image is not None for image in images], np.float32),
+            "weight": np.array([not reason for reason in reasons], np.float32),
+            **views,
         }
-        columns |= self.pixels(images, draws)
+        if self.where == "device":
+            columns["draws"] = self.policy.pack(draws)
         if self.log and self.log.wants(int(counters[0])):
             self._write_log(columns, epochs, samples, draws, masks, reasons)
         if self.quarantine and any(reasons):
-            self._write_quarantine(samples, reasons)
+            self._write_quarantine(self.quarantine, samples, reasons)
         return columns
-
-    def draw(
-        self, epochs: NDArray[np.int64], samples: NDArray[np.int64], images: list[Image | None]
-    ) -> Draws:
-        """The parameters of both views of each image; a missing image counts as one without pixels."""
-        heights = np.array([0 if image is None else image.shape[0] for image in images], np.int64)
-        widths = np.array([0 if image is None else image.shape[1] for image in images], np.int64)
-        return self.policy.draw(self.seed, epochs, samples, heights, widths)
-
-    def pixels(self, images: list[Image | None], draws: Draws) -> Columns:
-        """The view columns of decoded images; a missing image is black."""
-        size = self.policy.crop_box.size
-        shape = (len(images), size, size, 3)
-        if self.where == "device":
-            crops = np.zeros(shape, np.uint8)
-            for i, image in enumerate(images):
-                if image is not None:
-                    crops[i] = self.policy.crop(image, draws, i)
-            return {"crop": crops, "draws": self.policy.pack(draws)}
-        sources, targets = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
-        for i, image in enumerate(images):
-            if image is not None:
-                sources[i], targets[i] = self.policy.views(self.policy.crop(image, draws, i), draws, i)
-        return {"source": sources, "target": targets}
 
     def image(self, sample: int) -> Image:
         """One decoded image.
@@ -114,17 +102,46 @@ class Feed:
         """
         return decode(_reader(self.index).read(sample), self.limits)
 
-    def _images(self, samples: NDArray[np.int64]) -> tuple[list[Image | None], list[str]]:
-        images: list[Image | None] = []
-        reasons: list[str] = []
-        for sample in samples:
+    @property
+    def _view_names(self) -> tuple[str, ...]:
+        return ("crop",) if self.where == "device" else ("source", "target")
+
+    def _open(self, samples: NDArray[np.int64]) -> list[EncodedImage | Undecodable]:
+        """Images whose sizes are known; in the place of one that can't be read, why."""
+        images: list[EncodedImage | Undecodable] = []
+        for data in _reader(self.index).read_many(samples):
             try:
-                images.append(self.image(int(sample)))
-                reasons.append("")
-            except Undecodable as error:
-                images.append(None)
-                reasons.append(str(error))
-        return images, reasons
+                images.append(data if isinstance(data, Undecodable) else EncodedImage.open(data, self.limits))
+            except Undecodable as fault:
+                images.append(fault)
+        return images
+
+    def _views(
+        self, images: list[EncodedImage | Undecodable], draws: Draws
+    ) -> tuple[dict[str, NDArray[np.uint8]], list[str]]:
+        """The view columns, and for each row why it has none ("" where it has).
+
+        Each image is decoded, cropped and let go in turn: its pixels are still in the processor's cache when
+        they are read, and no memory has to be fetched from the system.
+        """
+        size = self.policy.crop_box.size
+        columns = {name: np.empty((len(images), size, size, 3), np.uint8) for name in self._view_names}
+        reasons = [""] * len(images)
+        for i, image in enumerate(images):
+            try:
+                views = self._views_of(image, draws, i)
+            except Undecodable as fault:
+                reasons[i] = fault.reason
+                views = (np.uint8(0),) * len(columns)
+            for column, view in zip(columns.values(), views, strict=True):
+                column[i] = view
+        return columns, reasons
+
+    def _views_of(self, image: EncodedImage | Undecodable, draws: Draws, i: int) -> tuple[Image, ...]:
+        if isinstance(image, Undecodable):
+            raise image
+        crop = self.policy.crop(image.pixels(), draws, i)
+        return (crop,) if self.where == "device" else self.policy.views(crop, draws, i)
 
     def _write_log(
         self,
@@ -136,7 +153,7 @@ class Feed:
         reasons: list[str],
     ) -> None:
         assert self.log is not None
-        checksums = {f"{view}_checksum": checksums_of(columns[view]) for view in _view_columns(columns)}
+        checksums = {f"{view}_checksum": checksums_of(columns[view]) for view in self._view_names}
         self.log.write(
             {
                 "epoch": epochs,
@@ -154,19 +171,19 @@ class Feed:
             }
         )
 
-    def _write_quarantine(self, samples: NDArray[np.int64], reasons: list[str]) -> None:
-        assert self.quarantine is not None
-        known = self.quarantine.read_text() if self.quarantine.exists() else ""
-        for sample, reason in zip(samples, reasons, strict=True):
-            record = {
-                "row_id": self.index.row_id(int(sample)),
-                "path": self.index.path(int(sample)),
-                "reason": reason,
-            }
-            line = json.dumps(record) + "\n"
-            if reason and line not in known:  # the sample comes back in every epoch
-                with self.quarantine.open("a") as file:
-                    file.write(line)
+    def _write_quarantine(self, file_name: Path, samples: NDArray[np.int64], reasons: list[str]) -> None:
+        """Notes bad samples, each once: they come back in every epoch, and to any task on any node."""
+        with file_name.open("a+") as file:
+            with contextlib.suppress(OSError):  # storage without locks: a line may then stand there twice
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            known = {json.loads(line)["row_id"] for line in file if line.endswith("\n")}
+            for sample, reason in zip(samples.tolist(), reasons, strict=True):
+                row_id = self.index.row_id(sample)
+                if reason and row_id not in known:
+                    known.add(row_id)
+                    record = {"row_id": row_id, "path": self.index.path(sample), "reason": reason}
+                    file.write(json.dumps(record) + "\n")
 
 
 def checksums_of(views: NDArray[np.uint8]) -> NDArray[np.uint32]:
@@ -174,11 +191,14 @@ def checksums_of(views: NDArray[np.uint8]) -> NDArray[np.uint32]:
     return np.array([zlib.crc32(np.ascontiguousarray(view)) for view in views], np.uint32)
 
 
-def _view_columns(columns: Columns) -> list[str]:
-    return [name for name in ("source", "target", "crop") if name in columns]
+def _sizes(images: list[EncodedImage | Undecodable]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`[b]` heights and `[b]` widths; 0 where there is no image."""
+    sizes = [(0, 0) if isinstance(image, Undecodable) else (image.height, image.width) for image in images]
+    heights, widths = np.array(sizes, np.int64).reshape(-1, 2).T
+    return heights, widths
 
 
 @lru_cache(maxsize=4)
 def _reader(index: Index) -> Reader:
-    """One set of open files for each index in a process, however often the feed arrives there."""
+    """One set of open files for an index, not one for each sample."""
     return Reader(index)

@@ -1,8 +1,11 @@
 """From rows to batches: tensors on the training device, and the loader of runs without Ray."""
 
 import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -47,17 +50,29 @@ def local_columns(
     feed: Feed, start: int, until: int, num_processes: int, pin: bool
 ) -> Iterator[dict[str, Tensor]]:
     """The global batches of steps `start` to `until - 1`, made by processes of this machine, in order."""
-    return iter(
-        DataLoader(
-            _Steps(feed, until),
-            sampler=range(start, until),
-            batch_size=None,
-            num_workers=num_processes or max(1, (os.cpu_count() or 1) // 2),
-            pin_memory=pin,
-            prefetch_factor=4,
-            multiprocessing_context="spawn",
-        )
+    loader = DataLoader(
+        _Steps(feed, until),
+        sampler=range(start, until),
+        batch_size=None,
+        num_workers=num_processes or max(1, (os.cpu_count() or 1) // 2),
+        pin_memory=pin,
+        prefetch_factor=4,
+        multiprocessing_context="spawn",
     )
+    with _children_deaf_to_ctrl_c():
+        return iter(loader)
+
+
+@contextmanager
+def _children_deaf_to_ctrl_c() -> Iterator[None]:
+    """A terminal sends Ctrl-C to all processes of a command; data processes that died of it would fail the run before
+    it is saved. They inherit the blocked signal of the thread that starts them."""
+    resource_tracker.ensure_running()  # its start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)

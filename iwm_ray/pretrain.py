@@ -5,6 +5,7 @@ heavy imports stand inside the functions, so that a mistake on the command line 
 """
 
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -40,7 +41,7 @@ def _main(arguments: Sequence[str]) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     command, debug = cli.parse_pretrain(arguments)
     config = command.config
-    run = RunDirectory(command.output or Path("runs") / f"{config.recipe}-{config.hash()}")
+    run = RunDirectory((command.output or Path("runs") / f"{config.recipe}-{config.hash()}").absolute())
     run.check(config)
     resources = preflight(config)
     setup = _build(config, run)
@@ -61,12 +62,13 @@ def preflight(config: Config) -> str:
     Raises:
         UsageError: more is asked than there is, with the fix.
     """
+    from iwm_ray.runtime import tracking
+
+    warning = tracking.check_uri(config)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     if config.runtime.engine == "local":
-        if config.runtime.num_workers > 1:
-            raise UsageError(
-                f"runtime.num_workers {config.runtime.num_workers}: engine local has one worker; set runtime.engine ray"
-            )
-        return f"this process, {os.cpu_count()} CPUs"
+        return _preflight_here(config)
     if importlib.util.find_spec("ray") is None:
         raise UsageError(
             "runtime.engine ray: ray is not installed; pip install 'ray[data,default,train,tune]'"
@@ -76,36 +78,46 @@ def preflight(config: Config) -> str:
     return cluster.preflight(config)
 
 
+def _preflight_here(config: Config) -> str:
+    if config.runtime.num_workers > 1:
+        raise UsageError(
+            f"runtime.num_workers {config.runtime.num_workers}: engine local has one worker; set runtime.engine ray"
+        )
+    if config.runtime.use_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError("runtime.use_gpu True: torch sees no GPU here; set runtime.use_gpu False")
+    return f"this process, {os.cpu_count()} CPUs"
+
+
 def pretrain(setup: "Setup", debug: bool = False) -> None:
     """Trains to the end, or to the step at which a signal stops the run; prints the summary.
 
     Raises:
-        UsageError: the run directory is in use.
+        UsageError: the run directory is in use, or began with other images.
         RunError: the run failed; the same command resumes it.
         SystemExit: a signal stopped the run, after saving (130 or 143).
     """
     from iwm_ray import summary
     from iwm_ray.training import metrics_log
 
-    setup.run.create(setup.config)
+    stop = _Stop(setup.run)
     with setup.run.lock():
-        already = summary.finished(setup.run)
-        tracker = _open_tracker(setup)
-        if already:
-            outcome = already
-        else:
-            summary.note_start(setup.run)
-            outcome = _train(setup, debug)
-        result = summary.summarise(setup, outcome)
-        for picture in sorted(setup.run.pictures.glob("*.png")):
-            tracker.log_picture(picture)
-        tracker.finish(_TRACKER_STATUS[outcome.status])
-        rows = metrics_log.read(setup.run.metrics)
+        setup.run.create(setup.config, setup.feed.index.hash)
+        _forget_mended_samples(setup)
+        with _tracker(setup) as tracker:
+            outcome = summary.finished(setup.run) or _train(setup, stop, debug)
+            result = summary.summarise(setup, outcome)
+            for picture in sorted(setup.run.pictures.glob("*.png")):
+                tracker.log_picture(picture)
+            tracker.finish(_TRACKER_STATUS[outcome.status])
         if outcome.status == "failed":
             raise RunError(f"{outcome.message}; the same command resumes the run")
+        rows = metrics_log.read(setup.run.metrics)
         print("\n".join(summary.lines(setup, result, rows, _ui_command(tracker))), flush=True)
     if outcome.status == "stopped":
-        sys.exit(_EXIT_CODES.get(_Stop.received, 1))
+        sys.exit(_EXIT_CODES[stop.received] if stop.received else 1)
 
 
 def _build(config: Config, run: RunDirectory) -> "Setup":
@@ -115,16 +127,27 @@ def _build(config: Config, run: RunDirectory) -> "Setup":
     return build(config, run, scanning(config.data.path))
 
 
-def _open_tracker(setup: "Setup") -> "NullTracker":
+def _forget_mended_samples(setup: "Setup") -> None:
+    """Takes samples that can be read again off the quarantine: they were mended, or their storage was away."""
+    from iwm_ray.data.decode import Undecodable
+
+    records, bad = setup.run.quarantined(), []
+    for record in records:
+        try:
+            setup.feed.image(setup.feed.index.find(record["row_id"]))
+        except Undecodable:
+            bad.append(record)
+    if len(bad) < len(records):
+        setup.run.quarantine.write_text("".join(json.dumps(record) + "\n" for record in bad))
+
+
+def _tracker(setup: "Setup") -> "NullTracker":
     from iwm_ray.runtime import tracking
 
     if importlib.util.find_spec("mlflow") is None:
         return tracking.NullTracker()
-    warning = tracking.check_uri(setup.config)
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
-    tags = {"iwm.run_directory": str(setup.run.path.absolute())}
-    tracker = tracking.open_tracker(setup.run.path, setup.config, setup.run.path.name, tags).start()
+    tags = {"iwm.run_directory": str(setup.run.path)}
+    tracker = tracking.open_tracker(setup.run.path, setup.config, setup.run.path.name, tags)
     data = setup.config.data
     tracker.log_dataset(data.path, setup.feed.index.hash, data.path, "training", len(setup.feed.index))
     if setup.test_index:
@@ -140,10 +163,12 @@ def _ui_command(tracker: "NullTracker") -> str:
     return "" if tracker.uri == "none" else tracking.ui_command(tracker.uri)
 
 
-def _train(setup: "Setup", debug: bool) -> "Outcome":
+def _train(setup: "Setup", stop: "_Stop", debug: bool) -> "Outcome":
     """Runs the workers beside a loop that shows progress and passes signals on."""
+    from iwm_ray import summary
     from iwm_ray.progress import Progress
 
+    summary.note_start(setup.run)
     train = _trainer(setup, debug)
     result: list[Outcome | BaseException] = []
 
@@ -153,13 +178,13 @@ def _train(setup: "Setup", debug: bool) -> "Outcome":
         except BaseException as error:
             result.append(error)
 
-    progress = Progress(setup.run.metrics, setup.total_steps, setup.config.optimizer.global_batch_size)
+    progress = Progress(setup.run, setup.total_steps, setup.config.optimizer.global_batch_size)
     thread = threading.Thread(target=run, name="training", daemon=True)
-    with _Stop(setup.run).listening():
+    with stop.listening():
         thread.start()
         while thread.is_alive():
-            progress.show()
             thread.join(_POLL_SECONDS)
+            progress.show()
         progress.close()
     if isinstance(result[0], BaseException):
         raise result[0]
@@ -182,10 +207,9 @@ def _trainer(setup: "Setup", debug: bool) -> Callable[[], "Outcome"]:
 class _Stop:
     """Turns the first Ctrl-C or SIGTERM into a request to save and stop, the second into an end."""
 
-    received: int | None = None
-
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
+        self.received: signal.Signals | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -197,12 +221,13 @@ class _Stop:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if _Stop.received is not None:
-            print("\nstopped without saving; the same command resumes from the last checkpoint", flush=True)
+        # A handler may interrupt a print, so it must not print itself.
+        if self.received is not None:
+            os.write(1, b"\nstopped without saving; the same command resumes from the last checkpoint\n")
             os._exit(_EXIT_CODES[signal.Signals(number)])
-        _Stop.received = number
+        self.received = signal.Signals(number)
         self._run.stop_request.touch()
-        print("\nsaving and stopping; once more to stop at once", flush=True)
+        os.write(1, b"\nsaving and stopping; once more to stop at once\n")
 
 
 if __name__ == "__main__":

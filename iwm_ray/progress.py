@@ -6,38 +6,71 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from iwm_ray.training import metrics_log
+from iwm_ray.run_directory import RunDirectory, parse_lines
 
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is a file, not a terminal
+_SAMPLES_BETWEEN_LINES = 100_000
+_SMALL_SCAN = 20_000  # samples; found within a second or two
 
 
 class Progress:
-    """Reads a run's metrics file now and then and shows where the run stands."""
+    """Follows a run's metrics and warnings and shows where the run stands."""
 
     def __init__(
-        self, metrics: Path, total_steps: int, global_batch_size: int, out: TextIO = sys.stdout
+        self, run: RunDirectory, total_steps: int, global_batch_size: int, out: TextIO = sys.stdout
     ) -> None:
-        self._metrics, self._total, self._size, self._out = metrics, total_steps, global_batch_size, out
+        self._metrics, self._warnings = _Tail(run.metrics), _Tail(run.warnings)
+        self._warnings.read()  # an earlier start has shown them
+        self._total, self._size, self._out = total_steps, global_batch_size, out
         self._shown_at, self._shown_step = 0.0, -1
+        self._trained: Mapping[str, Any] = {}
         self._monitors: Mapping[str, Any] = {}
 
     def show(self) -> None:
-        """Prints the newest report, if there is a new one and it is time."""
-        rows = metrics_log.read(self._metrics)
-        trained = [row for row in rows if "train/loss" in row]
-        self._monitors = next((row for row in reversed(rows) if "monitor/rankme" in row), {})
-        wait = 0.5 if self._out.isatty() else _SECONDS_BETWEEN_LINES
-        if not trained or trained[-1]["step"] == self._shown_step or time.monotonic() - self._shown_at < wait:
-            return
-        self._shown_at, self._shown_step = time.monotonic(), trained[-1]["step"]
-        line = progress_line(trained[-1], self._monitors, self._total, self._size)
-        end = "\r" if self._out.isatty() else "\n"
-        print(line.ljust(110) if end == "\r" else line, end=end, file=self._out, flush=True)
+        """Prints new warnings, and the newest report if there is a new one and it is time."""
+        for line in self._warnings.read().decode().splitlines():
+            self._print(f"warning: {line}", "\n")
+        if time.monotonic() - self._shown_at >= (0.5 if self._out.isatty() else _SECONDS_BETWEEN_LINES):
+            self._show_newest()
 
     def close(self) -> None:
-        """Leaves the last line standing."""
+        """Shows the last report and leaves it standing."""
+        self._show_newest()
         if self._out.isatty() and self._shown_step >= 0:
             print(file=self._out)
+
+    def _show_newest(self) -> None:
+        for row in parse_lines(self._metrics.read()):
+            if "train/loss" in row:
+                self._trained = row
+            if "monitor/rankme" in row:
+                self._monitors = row
+        if not self._trained or self._trained["step"] == self._shown_step:
+            return
+        self._shown_at, self._shown_step = time.monotonic(), self._trained["step"]
+        line = progress_line(self._trained, self._monitors, self._total, self._size)
+        self._print(line, "\r" if self._out.isatty() else "\n")
+
+    def _print(self, line: str, end: str) -> None:
+        print(line.ljust(110) if self._out.isatty() else line, end=end, file=self._out, flush=True)
+
+
+class _Tail:
+    """A file of lines that grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+
+    def read(self) -> bytes:
+        """The whole lines that are new since the last call."""
+        if not self._path.exists():
+            return b""
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        self._offset += end
+        return data[:end]
 
 
 def progress_line(
@@ -68,8 +101,12 @@ def duration(seconds: float) -> str:
 
 def scanning(name: str) -> Callable[[int], None]:
     """A callback that says, for large data sets, how many samples a scan has found."""
+    said = 0
 
     def say(count: int) -> None:
-        print(f"scanning {name}: {count:,} samples", flush=True)
+        nonlocal said
+        if count >= _SMALL_SCAN and (not said or count >= said + _SAMPLES_BETWEEN_LINES):
+            said = count
+            print(f"scanning {name}: {count:,} samples", flush=True)
 
     return say

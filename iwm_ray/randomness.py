@@ -38,7 +38,7 @@ def uniforms(
         for block in range(num_blocks)
     )
     words = np.frombuffer(digests, dtype="<u8").reshape(len(samples), num_blocks * _UNIFORMS_PER_DIGEST)
-    return (words[:, :count] >> np.uint64(11)) * 2.0**-53
+    return (words[:, :count] >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def integers(seed: int, epoch: int, purpose: str, count: int) -> NDArray[np.uint64]:

@@ -33,7 +33,7 @@ def photos_tiny() -> Config:
         predictor=PredictorConfig(depth=4, width=128, num_heads=4),
         optimizer=OptimizerConfig(global_batch_size=128, lr=1e-3, weight_decay_end=0.04),
         schedule=ScheduleConfig(steps=600, warmup_fraction=0.1, momentum_start=0.99),
-        monitor=MonitorConfig(num_images=256, num_bank_images=1024),
+        monitor=MonitorConfig(every_steps=100, num_images=256, num_bank_images=512),
     )
 
 

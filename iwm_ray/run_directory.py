@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,6 +80,11 @@ class RunDirectory:
         return self.path / "failure.txt"
 
     @property
+    def warnings(self) -> Path:
+        """What the user should know but need not act on; the driver prints each line once."""
+        return self.path / "warnings.txt"
+
+    @property
     def attempts(self) -> Path:
         """One JSON line for each start by the user."""
         return self.path / "attempts.jsonl"
@@ -90,59 +95,99 @@ class RunDirectory:
         Raises:
             UsageError: not writable, not a run directory, or another configuration's run.
         """
-        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise UsageError(
-                f"--output {self.path}: {parent} is not a writable folder; choose another --output"
+        try:
+            parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+            # A kill while the run was created leaves dot-files, and the same command must go on.
+            strange = self.path.is_dir() and any(
+                not entry.name.startswith(".") for entry in self.path.iterdir()
             )
-        if not self.config.exists():
-            if self.path.exists() and any(self.path.iterdir()):
-                raise UsageError(
-                    f"--output {self.path}: not empty and not a run directory; choose another --output"
-                )
-            return
-        recorded = read_config(self.path)
-        if recorded.hash() != config.hash():
-            names = [name for name, value in config.flat().items() if recorded.flat().get(name) != value]
-            names = [name for name in names if not name.startswith(("runtime.", "tracking."))]
-            change = f"{names[0]} {recorded.flat()[names[0]]!r} != {config.flat()[names[0]]!r}"
-            more = f" (+{len(names) - 1} more)" if len(names) > 1 else ""
-            raise UsageError(
-                f"--output {self.path}: holds a run with another configuration: {change}{more}; choose another --output"
-            )
+            is_run = self.config.exists()
+        except OSError as error:
+            raise self._refusal(error.strerror) from None
+        if not writable:
+            raise self._refusal(f"{parent} is not a writable folder")
+        if is_run:
+            self._refuse_other_run(config)
+        elif strange:
+            raise self._refusal("not empty and not a run directory")
 
-    def create(self, config: Config) -> None:
-        """Makes the folder and writes `config.json` and `environment.json`; an existing run keeps its own."""
-        self.path.mkdir(parents=True, exist_ok=True)
+    def create(self, config: Config, data_hash: str) -> None:
+        """Writes `config.json` and `environment.json`, which an existing run keeps, and clears what stopped the last start.
+
+        Args:
+            config: of the run.
+            data_hash: names the training images (Index.hash).
+
+        Raises:
+            UsageError: the folder holds another run, or one that began with other images.
+        """
+        self.check(config)
+        if not self.config.exists():
+            write_json(self.config, config.model_dump(mode="json"))
+        if not self.environment.exists():
+            write_json(self.environment, environment() | {"data_hash": data_hash})
+        if json.loads(self.environment.read_text()).get("data_hash") not in (None, data_hash):
+            raise UsageError(
+                f"data.path {config.data.path}: the images are not those that the run in {self.path} began with; "
+                "bring them back or choose another --output"
+            )
         for folder in (self.actions, self.checkpoints, self.pictures):
             folder.mkdir(exist_ok=True)
-        if not self.config.exists():
-            write_json(self.environment, environment())
-            write_json(self.config, config.model_dump(mode="json"))
         self.stop_request.unlink(missing_ok=True)
         self.failure.unlink(missing_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the directory for this process; the system frees it when the process dies.
+        """Makes the folder and holds it for this process; the system frees it when the process dies.
 
         Raises:
-            UsageError: another process is running in this directory.
+            UsageError: it can't be made, or another process is running there.
         """
-        with (self.path / "lock").open("a+") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise self._refusal(error.strerror) from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 file.seek(0)
                 raise UsageError(
                     f"--output {self.path}: a run is live there ({file.read().strip()}); wait for it or stop it first"
                 ) from None
+            except OSError:
+                pass  # a file system without locks; the checkpoints' generation numbers still keep two runs apart
             file.truncate(0)
             file.write(
                 f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
             )
             file.flush()
             yield
+
+    def _refuse_other_run(self, config: Config) -> None:
+        recorded = read_config(self.path)
+        if recorded.hash() == config.hash():
+            return
+        before, now = recorded.flat(), config.flat()
+        names = [
+            name
+            for name, value in now.items()
+            if before.get(name) != value and not name.startswith(("runtime.", "tracking."))
+        ]
+        more = f" (+{len(names) - 1} more)" if len(names) > 1 else ""
+        raise self._refusal(
+            f"holds a run with another configuration: {names[0]} {before[names[0]]!r} != {now[names[0]]!r}{more}"
+        )
+
+    def _refusal(self, reason: str | None) -> UsageError:
+        return UsageError(f"--output {self.path}: {reason}; choose another --output")
+
+    def warn(self, line: str) -> None:
+        """Leaves a line for the user, whose terminal a train worker does not reach."""
+        with suppress(OSError), self.warnings.open("a") as file:  # what there is to tell may be a full disk
+            file.write(f"{line}\n")
 
     def num_quarantined(self) -> int:
         """Number of different samples that could not be read so far."""
@@ -172,11 +217,17 @@ def read_config(run: Path) -> Config:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; none where it is missing. A line that is still being written is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The JSON lines of a file; none where it is missing."""
+    return parse_lines(path.read_bytes()) if path.exists() else []
+
+
+def parse_lines(data: bytes) -> list[dict[str, Any]]:
+    """JSON lines; one that is torn or still being written is left out."""
+    records = []
+    for line in data.split(b"\n")[:-1]:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -188,7 +239,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, git commit and hardware of this process."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for library in _LIBRARIES:
         try:
             versions[library] = version(library)

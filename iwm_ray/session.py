@@ -20,14 +20,12 @@ from iwm_ray.batch import Batch
 from iwm_ray.build import MEASURING_EPOCH, Setup, hold
 from iwm_ray.config import RuntimeConfig
 from iwm_ray.data.index import Index
-from iwm_ray.errors import RunError
+from iwm_ray.errors import RunError, SupersededError, UsageError
 from iwm_ray.evaluation.monitors import Monitor
 from iwm_ray.evaluation.mrr import measure_mrr
 from iwm_ray.feed import Feed
 from iwm_ray.loader import local_columns, to_batch, to_tensors
 from iwm_ray.model.iwm import IWM, build_model
-from iwm_ray.pictures.curves import training_curves
-from iwm_ray.pictures.retrieval import retrieval_gallery
 from iwm_ray.training import checkpoint, metrics_log
 from iwm_ray.training.loop import StepStats, TrainState, autocast, fit
 from iwm_ray.training.metrics_log import MetricsLog
@@ -71,7 +69,9 @@ def work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
         return Outcome("failed", -1, note.read_text())
     try:
         return _work(setup, worker, open_columns)
-    except RunError as error:
+    except SupersededError:  # that is this attempt's end, not the run's
+        raise
+    except (RunError, UsageError) as error:
         if worker.count == 1:
             return Outcome("failed", -1, str(error))
         note.write_text(str(error))
@@ -105,6 +105,9 @@ def _work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
     found = checkpoint.newest_valid(setup.run.checkpoints)
     if found:
         checkpoint.load(found, state)
+        if worker.rank == 0:
+            for line in found.skipped:
+                setup.run.warn(f"checkpoint passed over: {line}")
     forward = DistributedDataParallel(model) if worker.count > 1 else model
     reporter = Reporter(setup, worker, state)
     batches = _checked_batches(setup, worker, open_columns(state.step), state.step)
@@ -183,7 +186,7 @@ class Reporter:
                 "train/samples_per_second": rate,
                 "train/data_wait_fraction": wait,
             }
-            self.log.append(stats.step, train)
+            self._log(stats.step, train)
             self._refuse_bad_data()
 
     def _read_monitors(self, state: TrainState) -> None:
@@ -194,7 +197,12 @@ class Reporter:
             values["monitor/seconds"] = time.monotonic() - begin
             # The best checkpoint is the one with the best features; without labels their rank stands in.
             self._best_metric = values.get("monitor/knn_top1", values["monitor/rankme"])
-            self.log.append(state.step, values)
+            self._log(state.step, values)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        """A worker that is only thought dead must not write between the lines of the one that replaced it."""
+        checkpoint.refuse_older_generation(self._setup.run.checkpoints, self._generation)
+        self.log.append(step, values)
 
     def _save(self, state: TrainState) -> None:
         with self._clock.paused():
@@ -203,7 +211,7 @@ class Reporter:
                 self._setup.run.checkpoints, state, {}, self._generation, self._best_metric
             )
             if saved.warning:
-                print(f"warning: {saved.warning}", flush=True)
+                self._setup.run.warn(saved.warning)
 
     def _agree_to_stop(self, step: int) -> bool:
         wanted = self._worker.rank == 0 and self._setup.run.stop_request.exists()
@@ -222,7 +230,8 @@ class Reporter:
             examples = ", ".join(record["path"] for record in run.quarantined()[:5])
             raise RunError(
                 f"{bad} of {count} samples can't be decoded, more than data.max_bad_fraction "
-                f"{data.max_bad_fraction:g}: {examples}; mend them or raise data.max_bad_fraction (see {run.quarantine})"
+                f"{data.max_bad_fraction:g}: {examples}; see {run.quarantine}; mend them, or begin another run with a "
+                "larger data.max_bad_fraction"
             )
 
 

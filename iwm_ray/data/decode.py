@@ -32,9 +32,11 @@ from iwm_ray.config import DataConfig
 
 Pixels = NDArray[np.uint8]
 
+_JPEG_START = b"\xff\xd8\xff"
 _END_OF_IMAGE = b"\xff\xd9"
 _CMYK = ("CMYK", "YCCK")
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
+_FIRST_TRANSPOSED = 5  # EXIF orientations from here on swap rows and columns
 _FLIPS = {
     2: 1,
     3: -1,
@@ -100,6 +102,42 @@ class DecodeLimits:
             )
 
 
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image whose size is known before its pixels are: parameters can be drawn for many images at once while
+    the pixels of only one are held."""
+
+    height: int
+    """of the upright image, pixels"""
+    width: int
+    data: bytes
+    limits: DecodeLimits
+    decoded: Pixels | None = None
+
+    @classmethod
+    def open(cls, data: bytes, limits: DecodeLimits) -> Self:
+        """Reads a JPEG's header; other formats tell their size for sure only once they are decoded.
+
+        Raises:
+            Undecodable: as `decode`; damage behind a JPEG's header is found by `pixels`.
+        """
+        if not data.startswith(_JPEG_START):
+            pixels = decode(data, limits)
+            return cls(*pixels.shape[:2], data, limits, pixels)
+        height, width, _ = _jpeg_header(data, limits)
+        if _orientation(_jpeg_exif(data)) >= _FIRST_TRANSPOSED:
+            height, width = width, height
+        return cls(height, width, data, limits)
+
+    def pixels(self) -> Pixels:
+        """`[height width 3]` uint8, as `decode` returns them.
+
+        Raises:
+            Undecodable: the pixels are damaged or cut.
+        """
+        return decode(self.data, self.limits) if self.decoded is None else self.decoded
+
+
 def decode(data: bytes, limits: DecodeLimits) -> Pixels:
     """Decodes a JPEG, PNG or WebP image; of an animation the first frame.
 
@@ -113,7 +151,7 @@ def decode(data: bytes, limits: DecodeLimits) -> Pixels:
     Raises:
         Undecodable: damaged or cut data, another format, a size outside the limits. Nothing else.
     """
-    if data.startswith(b"\xff\xd8\xff"):
+    if data.startswith(_JPEG_START):
         pixels = _decode_jpeg(data, limits)
         exif = _jpeg_exif(data)
     elif data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -142,17 +180,23 @@ def _describe(data: bytes) -> str:
 
 
 def _decode_jpeg(data: bytes, limits: DecodeLimits) -> Pixels:
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except (ValueError, KeyError):
-        raise Undecodable("JPEG: no readable header") from None
-    limits.check(height, width)
+    _, _, colorspace = _jpeg_header(data, limits)
     try:
         if colorspace in _CMYK:
             return _rgb_of_inverted_cmyk(simplejpeg.decode_jpeg(data, "CMYK"))
         return simplejpeg.decode_jpeg(data)
     except ValueError as fault:
         return _decode_faulty_jpeg(data, str(fault), limits)
+
+
+def _jpeg_header(data: bytes, limits: DecodeLimits) -> tuple[int, int, str]:
+    """(height, width, colour space) of the pixels as they are stored."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except (ValueError, KeyError):
+        raise Undecodable("JPEG: no readable header") from None
+    limits.check(height, width)
+    return height, width, colorspace
 
 
 def _decode_faulty_jpeg(data: bytes, fault: str, limits: DecodeLimits) -> Pixels:
@@ -310,7 +354,7 @@ def _orientation(exif: bytes) -> int:
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
     """Undoes the turn and mirroring that the camera noted; OpenCV takes a third of numpy's time."""
-    if orientation >= 5:  # rows and columns change places
+    if orientation >= _FIRST_TRANSPOSED:  # rows and columns change places
         pixels = cast(Pixels, cv2.transpose(pixels))
     axis = _FLIPS.get(orientation)
     return pixels if axis is None else cast(Pixels, cv2.flip(pixels, axis))

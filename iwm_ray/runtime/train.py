@@ -1,5 +1,6 @@
-"""A run on a Ray cluster: Ray Data makes the rows, Ray Train runs the workers; and the same run without Ray."""
+"""A run on a Ray cluster: Ray Data makes the rows, Ray Train runs the workers."""
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
@@ -7,13 +8,13 @@ from uuid import uuid4
 import numpy as np
 import ray.train
 from ray.data.collate_fn import NumpyBatchCollateFn
+from ray.exceptions import RayError
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 from torch import Tensor
 
 from iwm_ray.build import Setup
-from iwm_ray.errors import RunError
 from iwm_ray.loader import to_tensors
 from iwm_ray.runtime.pipeline import execution_options, stream
 from iwm_ray.session import Outcome, Worker, resume_step, work
@@ -26,10 +27,10 @@ def train_on_ray(setup: Setup) -> Outcome:
 
     Ray is told of no checkpoints: the run directory's own are verified, named by step, and outlive Ray's records.
 
-    Raises:
-        RunError: the workers failed more often than `runtime.max_failures`.
+    Returns:
+        how it ended; `failed` where the workers failed more often than `runtime.max_failures`.
     """
-    runtime = setup.config.runtime
+    runtime, storage = setup.config.runtime, setup.run.path / "ray"
     scaling = ScalingConfig(
         num_workers=runtime.num_workers,
         use_gpu=runtime.use_gpu,
@@ -41,7 +42,7 @@ def train_on_ray(setup: Setup) -> Outcome:
         scaling_config=scaling,
         run_config=RunConfig(
             name=f"attempt-{uuid4().hex[:8]}",
-            storage_path=str((setup.run.path / "ray").absolute()),
+            storage_path=str(storage.absolute()),
             failure_config=FailureConfig(max_failures=runtime.max_failures),
         ),
         datasets={
@@ -53,10 +54,11 @@ def train_on_ray(setup: Setup) -> Outcome:
     )
     try:
         outcome = trainer.fit().return_value
-    except TrainingFailedError as error:
-        raise RunError(
-            f"the train workers failed: {_cause(error)}; the same command resumes the run"
-        ) from error
+    except (TrainingFailedError, RayError) as error:
+        note = setup.run.failure
+        return Outcome("failed", -1, note.read_text() if note.exists() else _cause(error))
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
     assert isinstance(outcome, Outcome)
     return outcome
 
@@ -89,4 +91,4 @@ def _train_worker(arguments: dict[str, Any]) -> Outcome:
 def _cause(error: BaseException) -> str:
     """The last line of the innermost failure that Ray reports."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return f"the train workers failed: {lines[-1] if lines else type(error).__name__}"

@@ -16,6 +16,7 @@ import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from iwm_ray.config import Config
-from iwm_ray.errors import RunError, UsageError
+from iwm_ray.errors import RunError, SupersededError, UsageError
 from iwm_ray.model.iwm import IWM
 from iwm_ray.training.loop import TrainState
 from iwm_ray.training.manifest import (
@@ -115,7 +116,8 @@ def save(
         The path, or, where the disk is full or fails, a warning: training goes on.
 
     Raises:
-        RunError: a newer attempt has taken over, or a weight is not finite.
+        SupersededError: a newer attempt has taken over.
+        RunError: a weight is not finite.
     """
     path, stage = directory / folder_name(state.step), directory / f".stage-{state.step}-{generation}"
     if _holds(path, state.config):
@@ -123,7 +125,7 @@ def save(
     published = None
     try:
         _write(stage, state, extra, _describe(directory, state, generation, metric))
-        _refuse_older_generation(directory, generation)
+        refuse_older_generation(directory, generation)
         _publish(stage, path)
         published = path
         _retain(directory)
@@ -228,10 +230,13 @@ def _newest_generation(directory: Path) -> int:
     return max((int(path.name.rsplit("-", 1)[1]) for path in directory.glob(".generation-*")), default=0)
 
 
-def _refuse_older_generation(directory: Path, generation: int) -> None:
+def refuse_older_generation(directory: Path, generation: int) -> None:
+    """Raises:
+    SupersededError: a newer attempt has taken its number.
+    """
     newest = _newest_generation(directory)
     if newest > generation:
-        raise RunError(
+        raise SupersededError(
             f"attempt {newest} has taken over {directory}: attempt {generation} must not write any more"
         )
 
@@ -258,9 +263,14 @@ def _describe(directory: Path, state: TrainState, generation: int, metric: float
         generation=generation,
         config_hash=state.config.hash(),
         metric=metric if metric is not None and math.isfinite(metric) else None,
-        versions={"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
+        versions=_versions(),
         files=[],
     )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 
 def _write(stage: Path, state: TrainState, extra: dict[str, Any], manifest: Manifest) -> None:

@@ -21,6 +21,7 @@ from iwm_ray.evaluation.mrr import (
     token_distances,
 )
 from iwm_ray.model.iwm import IWM, build_model
+from iwm_ray.views.device import device_views
 from iwm_ray.views.policy import ViewPolicy
 
 SIZE = 16
@@ -260,3 +261,21 @@ def test_distances_keep_their_digits_under_autocast() -> None:
 def test_a_seed_keeps_its_banks_for_ever() -> None:
     brightness = bank_draws(POLICY, 1, 3, seed=0)["target_brightness"]
     assert brightness == pytest.approx([0.64451045, 1.2477195, 1.0644114], abs=1e-6)
+
+
+def test_the_devices_banks_are_the_hosts() -> None:
+    """On a GPU the views come from views/device.py; here it runs on the CPU with the same draws."""
+    image, draws = _images(1)[0], bank_draws(POLICY, 1, 20, seed=0)
+    ours = bank_views(POLICY, image, draws).astype(int)
+    clean = torch.tensor(image)[None].expand(20, -1, -1, -1)
+    theirs = device_views(clean, draws, POLICY)[1].permute(0, 2, 3, 1).numpy().astype(int)
+    assert (np.abs(ours - theirs) <= 1).mean() > 0.999
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_the_same_ranks() -> None:
+    model, images = _model(), _images(3)
+    host = measure_mrr(model, images, POLICY, seed=0, num_views=32)
+    device = measure_mrr(model.cuda(), images, POLICY, seed=0, num_views=32)
+    assert device.metrics["mrr/mrr"] == pytest.approx(host.metrics["mrr/mrr"], abs=0.02)
