@@ -32,8 +32,9 @@ def _main(arguments: Sequence[str]) -> None:
     cli.add_common_options(parser)
     options = parser.parse(arguments)
     run = RunDirectory(options.run)
+    config = read_config(run.path)
     row = find_row(run, options.epoch, options.row)
-    setup = build(read_config(run.path), run)
+    setup = build(config, run)
     columns = rebuild(setup, row)
     output = options.output or run.pictures / f"replay-{options.epoch}-{_file_name(options.row)}.png"
     _draw(setup, row, output)

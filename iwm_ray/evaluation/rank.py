@@ -16,11 +16,13 @@ def rankme(features: Tensor) -> Tensor:
         features: `[n d]`, any scale.
 
     Returns:
-        A scalar in 1..min(n, d); 1 where every feature is zero.
+        A scalar in 1..min(n, d); 1 where every feature is zero, NaN where one is not finite.
     """
-    values = torch.linalg.svdvals(features.float())
+    finite = features.isfinite().all()
+    values = torch.linalg.svdvals(torch.where(finite, features.float(), 0))  # it refuses what is not finite
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + _EPSILON
-    return (-(shares * shares.log()).sum()).exp().clamp_min(1)
+    rank = (-(shares * shares.log()).sum()).exp().clamp_min(1)
+    return torch.where(finite, rank, torch.nan)
 
 
 def feature_std(features: Tensor) -> Tensor:

@@ -41,3 +41,7 @@ def test_scale_order_and_rotation_change_nothing_and_rank_bounds_it(
 
 def test_feature_std_by_hand() -> None:
     assert feature_std(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).tolist() == [1.0, 0.0]
+
+
+def test_features_that_are_not_finite_have_no_rank() -> None:
+    assert math.isnan(float(rankme(torch.tensor([[1.0, math.nan], [3.0, 5.0]]))))

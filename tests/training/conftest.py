@@ -33,9 +33,9 @@ class ToyRun:
             runtime=RuntimeConfig(**runtime or {}),
         )
 
-    def state(self, config=None):
+    def state(self, config=None, device="cpu"):
         config = config or self.config()
-        return TrainState.start(build_model(config, action_dim=1), config, self.total_steps)
+        return TrainState.start(build_model(config, action_dim=1).to(device), config, self.total_steps)
 
     def batch(self, step, num_samples=8):
         generator = torch.Generator().manual_seed(step)

@@ -128,7 +128,9 @@ def die_at(k, save_again):
 
 @pytest.mark.parametrize("over", ["nothing", "two", "damaged"])
 def test_a_kill_at_any_instant_leaves_the_previous_or_the_new_one(toy, same, tmp_path, monkeypatch, over):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill does not lose what the system has taken
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: None
+    )  # a kill does not lose what the system has taken
     older, newer, resumed, template = toy.state(), toy.state(), toy.state(), tmp_path / "template"
     generation = next_generation(template)
     for step in (1, 2) if over != "nothing" else ():

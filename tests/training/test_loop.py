@@ -141,6 +141,21 @@ def test_nothing_is_read_from_the_device_within_a_step(toy, monkeypatch):
     train_step(state, toy.batch(0), state.model)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_gives_the_same_losses_and_is_never_waited_for(toy, precision):
+    state = toy.state(toy.config(runtime={"precision": precision}), device="cuda")
+    losses = toy.train(state, until=3)
+    assert losses == pytest.approx(toy.train(toy.state(), until=3), rel=1e-3 if precision == "fp32" else 2e-2)
+    batch = toy.batch(3).to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(state, batch, state.model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_bfloat16_is_close(toy):
     state = toy.state(toy.config(runtime={"precision": "bf16"}))
     assert not state.model.encoder.vit.blocks[0].attn.fused_attn  # slower on CPUs in bfloat16
