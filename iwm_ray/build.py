@@ -45,8 +45,8 @@ class Setup:
 
 
 def cache_folder(config: Config) -> Path:
-    """Where data indices are kept."""
-    return Path(os.path.expanduser(config.runtime.cache))
+    """Where data indices are kept: an absolute path, since the working directories of Ray's processes are others."""
+    return Path(config.runtime.cache).expanduser().absolute()
 
 
 def build(config: Config, run: RunDirectory, progress: Callable[[int], None] | None = None) -> Setup:

@@ -105,7 +105,7 @@ def pretrain(setup: "Setup", debug: bool = False) -> None:
     stop = _Stop(setup.run)
     with setup.run.lock():
         setup.run.create(setup.config, setup.feed.index.hash)
-        _forget_mended_samples(setup)
+        forget_mended_samples(setup)
         with _tracker(setup) as tracker:
             outcome = summary.finished(setup.run) or _train(setup, stop, debug)
             result = summary.summarise(setup, outcome)
@@ -127,7 +127,7 @@ def _build(config: Config, run: RunDirectory) -> "Setup":
     return build(config, run, scanning(config.data.path))
 
 
-def _forget_mended_samples(setup: "Setup") -> None:
+def forget_mended_samples(setup: "Setup") -> None:
     """Takes samples that can be read again off the quarantine: they were mended, or their storage was away."""
     from iwm_ray.data.decode import Undecodable
 

@@ -13,6 +13,7 @@ from iwm_ray.build import Setup, build
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.feed import Columns, Feed, checksums_of
 from iwm_ray.pictures.sheets import views_sheet
+from iwm_ray.pictures.words import amount
 from iwm_ray.run_directory import RunDirectory, read_config
 
 
@@ -40,7 +41,7 @@ def _main(arguments: Sequence[str]) -> None:
     _draw(setup, row, output)
     print(f"row {options.row} of epoch {options.epoch}, step {row['step']}: rebuilt bit for bit")
     for field, value in zip(setup.policy.schema, columns["action"][0], strict=True):
-        print(f"  {field.name:12} {value:+.4f} x {field.scale:g} {field.unit}")
+        print(f"  {field.name:12} {value:+.4f}  {amount(float(value), field)}")
     print(f"  picture      {output}")
 
 

@@ -100,6 +100,10 @@ def _work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
     if worker.device.type == "cpu":
         torch.set_num_threads(_num_threads(config.runtime, worker.count))
     torch.set_float32_matmul_precision("high")
+    # From here on no older attempt can write, and all workers find the same newest checkpoint.
+    generation = checkpoint.next_generation(setup.run.checkpoints) if worker.rank == 0 else 0
+    if worker.count > 1:
+        torch.distributed.barrier()
     model = build_model(config, setup.policy.action_dim).to(worker.device)
     state = TrainState.start(model, config, setup.total_steps)
     found = checkpoint.newest_valid(setup.run.checkpoints)
@@ -108,8 +112,9 @@ def _work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
         if worker.rank == 0:
             for line in found.skipped:
                 setup.run.warn(f"checkpoint passed over: {line}")
-    forward = DistributedDataParallel(model) if worker.count > 1 else model
-    reporter = Reporter(setup, worker, state)
+    # The only buffers are constants: nothing to broadcast.
+    forward = DistributedDataParallel(model, broadcast_buffers=False) if worker.count > 1 else model
+    reporter = Reporter(setup, worker, state, generation)
     batches = _checked_batches(setup, worker, open_columns(state.step), state.step)
     fit(state, batches, setup.total_steps, reporter, forward)
     if state.step < setup.total_steps:
@@ -141,23 +146,24 @@ def _checked_batches(
 class Reporter:
     """What happens between steps: metrics, monitors, checkpoints, and the decision to stop."""
 
-    def __init__(self, setup: Setup, worker: Worker, state: TrainState) -> None:
+    def __init__(self, setup: Setup, worker: Worker, state: TrainState, generation: int) -> None:
         config, total = setup.config, setup.total_steps
-        self._setup, self._worker = setup, worker
+        self._setup, self._worker, self._generation = setup, worker, generation
         self._monitor_every = config.monitor.every_steps or max(1, total // 10)
         self._checkpoint_every = config.runtime.checkpoint_every_steps or max(1, total // 10)
-        self._best_metric: float | None = None
+        self._quality: float | None = None
         self._clock = _Clock()
         if worker.rank == 0:
-            self._generation = checkpoint.next_generation(setup.run.checkpoints)
             self.log = MetricsLog(setup.run.metrics)
             self._monitor = make_monitor(setup, worker.device)
             if state.step == 0:
                 self._read_monitors(state)
+        self._clock = _Clock()  # the first rate is that of steps, not of the start
 
     def __call__(self, state: TrainState, stats: StepStats) -> bool:
         """Called after each step, on every worker; True stops the run."""
         self._clock.add_step(stats.data_wait)
+        self._quality = None
         last = state.step == self._setup.total_steps
         if state.step % self._setup.config.monitor.report_every_steps == 0 or last:
             self._report(stats)
@@ -196,7 +202,7 @@ class Reporter:
                 values = self._monitor.read(state.model)
             values["monitor/seconds"] = time.monotonic() - begin
             # The best checkpoint is the one with the best features; without labels their rank stands in.
-            self._best_metric = values.get("monitor/knn_top1", values["monitor/rankme"])
+            self._quality = values.get("monitor/knn_top1", values["monitor/rankme"])
             self._log(state.step, values)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
@@ -207,9 +213,7 @@ class Reporter:
     def _save(self, state: TrainState) -> None:
         with self._clock.paused():
             self.log.sync()  # a checkpoint must not outlive the metrics of the steps before it
-            saved = checkpoint.save(
-                self._setup.run.checkpoints, state, {}, self._generation, self._best_metric
-            )
+            saved = checkpoint.save(self._setup.run.checkpoints, state, {}, self._generation, self._quality)
             if saved.warning:
                 self._setup.run.warn(saved.warning)
 

@@ -127,6 +127,6 @@ def _speed_line(summary: Mapping[str, Any], rows: Rows) -> list[str]:
     rates = sorted(row["train/samples_per_second"] for row in trained)
     wait = sum(row["train/data_wait_fraction"] for row in trained) / len(trained)
     return [
-        f"  speed   {rates[len(rates) // 2]:,.0f} images/s (median), {100 * wait:.1f} % of it waiting for data, "
+        f"  speed   {rates[len(rates) // 2]:,.0f} images/s (median), {100 * wait:.1f} % of the time waiting for data, "
         f"goodput {summary['goodput']:.2f}"
     ]

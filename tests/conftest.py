@@ -39,7 +39,10 @@ def tiny_command(photo_cache) -> TinyCommand:
 
     def command(output: Path | str, changes: dict[str, object] | None = None) -> list[str]:
         options = TINY | {"--runtime.cache": photo_cache, "--output": output} | (changes or {})
-        return [word for name, value in options.items() for word in (name, str(value))]
+        words = (
+            (name, *(value if isinstance(value, tuple) else (value,))) for name, value in options.items()
+        )
+        return [str(word) for option in words for word in option]
 
     return command
 
