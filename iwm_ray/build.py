@@ -1,6 +1,5 @@
 """From a configuration to the objects of a run: the one place where parts are put together."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

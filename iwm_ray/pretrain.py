@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _POLL_SECONDS = 0.25
+# Launchers signal the process and its group: what comes at once is one request.
+_ONE_REQUEST_SECONDS = 1.0
 _TRACKER_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -210,6 +213,7 @@ class _Stop:
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -223,9 +227,11 @@ class _Stop:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # A handler may interrupt a print, so it must not print itself.
         if self.received is not None:
+            if time.monotonic() - self._received_at < _ONE_REQUEST_SECONDS:
+                return
             os.write(1, b"\nstopped without saving; the same command resumes from the last checkpoint\n")
             os._exit(_EXIT_CODES[signal.Signals(number)])
-        self.received = signal.Signals(number)
+        self.received, self._received_at = signal.Signals(number), time.monotonic()
         self._run.stop_request.touch()
         os.write(1, b"\nsaving and stopping; once more to stop at once\n")
 

@@ -12,9 +12,9 @@ from iwm_ray import action_log, cli
 from iwm_ray.build import Setup, build
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.feed import Columns, Feed, checksums_of
-from iwm_ray.pictures.sheets import views_sheet
 from iwm_ray.pictures.words import amount
 from iwm_ray.run_directory import RunDirectory, read_config
+from iwm_ray.session import draw_views
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,14 +96,8 @@ def rebuild(setup: Setup, row: dict[str, Any]) -> Columns:
 
 
 def _draw(setup: Setup, row: dict[str, Any], output: Path) -> None:
-    feed, epochs, samples = setup.feed, _epochs(row), np.array([row["sample"]])
-    image = feed.image(row["sample"])
-    sizes = (np.array([side]) for side in image.shape[:2])
-    draws = setup.policy.draw(setup.config.seed, epochs, samples, *sizes)
-    crops = setup.policy.crop(image, draws, 0)[None]
-    masks = feed.masks.draw(setup.config.seed, epochs, samples)
     title = f"{row['row_id']}, epoch {row['epoch']}, step {row['step']}"
-    figure = views_sheet(crops, draws, masks, setup.policy, setup.config.grid, title)
+    figure = draw_views(setup, _epochs(row), np.array([row["sample"]]), title)
     try:
         figure.savefig(output, dpi=150)
     except OSError as error:

@@ -6,6 +6,7 @@ The runtime decides where it runs and where its columns come from; nothing here 
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 import torch.distributed
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from iwm_ray.batch import Batch
 from iwm_ray.build import MEASURING_EPOCH, Setup, hold
 from iwm_ray.config import RuntimeConfig
+from iwm_ray.data.decode import Undecodable
 from iwm_ray.data.index import Index
 from iwm_ray.errors import RunError, SupersededError, UsageError
 from iwm_ray.evaluation.monitors import Monitor
@@ -38,6 +41,7 @@ OpenColumns = Callable[[int], Iterator[dict[str, Tensor]]]
 
 # With several workers, agreeing on whether to stop is an exchange between them; every so many steps it costs nothing.
 _STEPS_BETWEEN_AGREEMENTS = 8
+_NUM_SHEET_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -283,8 +287,27 @@ def measure(setup: Setup, model: IWM, reporter: Reporter) -> None:
     _draw(
         setup, "retrieval", retrieval_gallery(mrr, held.images, setup.policy, config.predictor.conditioning)
     )
+    seen = setup.feed.plan.samples(np.arange(_NUM_SHEET_ROWS))
+    _draw(setup, "views", draw_views(setup, np.zeros_like(seen), seen, "Views, masks and actions"))
     rows = metrics_log.read(setup.run.metrics)
     _draw(setup, "curves", training_curves(rows, f"Training curves of {config.recipe}"))
+
+
+def draw_views(setup: Setup, epochs: NDArray[np.int64], samples: NDArray[np.int64], title: str) -> "Figure":
+    """What training sees of `[k]` samples in these epochs; a row for each that can be decoded, one at least."""
+    from iwm_ray.pictures.sheets import views_sheet
+
+    feed = setup.feed
+    images = {}
+    for place, sample in enumerate(samples):
+        with suppress(Undecodable):
+            images[place] = feed.image(int(sample))
+    places = np.array(list(images), np.int64)
+    heights, widths = (np.array([image.shape[axis] for image in images.values()]) for axis in (0, 1))
+    draws = setup.policy.draw(setup.config.seed, epochs[places], samples[places], heights, widths)
+    crops = [setup.policy.crop(image, draws, row) for row, image in enumerate(images.values())]
+    masks = feed.masks.draw(setup.config.seed, epochs[places], samples[places])
+    return views_sheet(np.stack(crops), draws, masks, setup.policy, setup.config.grid, title)
 
 
 def _draw(setup: Setup, name: str, figure: "Figure") -> None:

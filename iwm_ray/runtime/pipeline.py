@@ -43,7 +43,12 @@ def stream(config: Config, feed: Feed, start: int, until: int) -> Dataset:
     with DataContext.current(_context(rows * feed.row_bytes)):
         counters = ray.data.range(count, override_num_blocks=-(-count // _COUNTERS_PER_READ))
         tasks = counters.repartition(target_num_rows_per_block=rows * blocks_per_task, strict=True)
-        return tasks.map_batches(make_rows, batch_size=rows, batch_format="numpy", max_retries=_TASK_RETRIES)
+        return tasks.map_batches(
+            make_rows,
+            batch_size=rows,
+            batch_format="numpy",
+            ray_remote_args_fn=lambda: {"max_retries": _TASK_RETRIES},
+        )
 
 
 def execution_options(config: Config) -> ExecutionOptions:
