@@ -106,7 +106,7 @@ def _work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
     torch.set_float32_matmul_precision("high")
     # From here on no older attempt can write, and all workers find the same newest checkpoint.
     generation = checkpoint.next_generation(setup.run.checkpoints) if worker.rank == 0 else 0
-    if worker.count > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
     model = build_model(config, setup.policy.action_dim).to(worker.device)
     state = TrainState.start(model, config, setup.total_steps)
@@ -159,7 +159,7 @@ class Reporter:
         self._clock = _Clock()
         if worker.rank == 0:
             self.log = MetricsLog(setup.run.metrics)
-            self._monitor = make_monitor(setup, worker.device)
+            self.monitor = make_monitor(setup, worker.device)
             if state.step == 0:
                 self._read_monitors(state)
         self._clock = _Clock()  # the first rate is that of steps, not of the start
@@ -203,7 +203,7 @@ class Reporter:
         with self._clock.paused():
             begin = time.monotonic()
             with autocast(self._setup.config.runtime, self._worker.device):
-                values = self._monitor.read(state.model)
+                values = self.monitor.read(state.model)
             values["monitor/seconds"] = time.monotonic() - begin
             # The best checkpoint is the one with the best features; without labels their rank stands in.
             self._quality = values.get("monitor/knn_top1", values["monitor/rankme"])
@@ -274,23 +274,30 @@ def measure(setup: Setup, model: IWM, reporter: Reporter) -> None:
     """The closing measurements and the pictures."""
     # Only rank 0 draws, and only at the end: the workers start sooner without matplotlib.
     from iwm_ray.pictures.curves import training_curves
-    from iwm_ray.pictures.retrieval import retrieval_gallery
 
-    config, log = setup.config, reporter.log
-    index = setup.test_index or setup.feed.index
-    held = hold(setup, index, config.monitor.mrr_images, "mrr")
-    with autocast(config.runtime, next(model.parameters()).device):
-        mrr = measure_mrr(
-            model, held.images, setup.policy, seed=config.seed, num_views=config.monitor.mrr_views
-        )
-    log.append(setup.total_steps, mrr.metrics)
-    _draw(
-        setup, "retrieval", retrieval_gallery(mrr, held.images, setup.policy, config.predictor.conditioning)
-    )
+    with autocast(setup.config.runtime, next(model.parameters()).device):
+        metrics = _measure_world_model(setup, model)
+        features = reporter.monitor.read(model)
+    knn = [name for name in ("top1", "chance") if f"monitor/knn_{name}" in features]
+    metrics |= {f"knn/{name}": features[f"monitor/knn_{name}"] for name in knn}
+    reporter.log.append(setup.total_steps, metrics)
     seen = setup.feed.plan.samples(np.arange(_NUM_SHEET_ROWS))
     _draw(setup, "views", draw_views(setup, np.zeros_like(seen), seen, "Views, masks and actions"))
     rows = metrics_log.read(setup.run.metrics)
-    _draw(setup, "curves", training_curves(rows, f"Training curves of {config.recipe}"))
+    _draw(setup, "curves", training_curves(rows, f"Training curves of {setup.config.recipe}"))
+
+
+def _measure_world_model(setup: Setup, model: IWM) -> dict[str, float]:
+    """MRR and its gallery; nothing where the views know no jitter, so that no two of a bank would differ."""
+    from iwm_ray.pictures.retrieval import retrieval_gallery
+
+    config, policy = setup.config, setup.policy
+    if not any(field.scale for field in policy.target_jitter.fields):
+        return {}
+    held = hold(setup, setup.test_index or setup.feed.index, config.monitor.mrr_images, "mrr")
+    mrr = measure_mrr(model, held.images, policy, seed=config.seed, num_views=config.monitor.mrr_views)
+    _draw(setup, "retrieval", retrieval_gallery(mrr, held.images, policy, config.predictor.conditioning))
+    return mrr.metrics
 
 
 def draw_views(setup: Setup, epochs: NDArray[np.int64], samples: NDArray[np.int64], title: str) -> "Figure":
