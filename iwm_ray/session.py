@@ -331,8 +331,14 @@ class _Clock:
     def __init__(self) -> None:
         self._begin = time.monotonic()
         self._steps, self._wait, self._pause = 0, 0.0, 0.0
+        self._started = False
 
     def add_step(self, wait: float) -> None:
+        """The wait for the first batch is the start of the data processes, not a step's."""
+        if not self._started:
+            self._started = True
+            self._pause += wait
+            wait = 0.0
         self._steps += 1
         self._wait += wait
 

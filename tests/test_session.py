@@ -251,6 +251,6 @@ def test_more_bad_samples_than_allowed_end_the_run(prepare, tmp_path):
 def test_only_the_first_worker_writes(prepare, tmp_path):
     setup = prepare(tmp_path / "run")
     state = type("State", (), {"step": 0})()
-    Reporter(setup, Worker(1, 2, torch.device("cpu")), state)
+    Reporter(setup, Worker(1, 2, torch.device("cpu")), state, generation=0)
     assert not setup.run.metrics.exists()
     assert not list(setup.run.checkpoints.iterdir())
