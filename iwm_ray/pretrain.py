@@ -46,6 +46,9 @@ def _main(arguments: Sequence[str]) -> None:
     config = command.config
     run = RunDirectory((command.output or Path("runs") / f"{config.recipe}-{config.hash()}").absolute())
     run.check(config)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and run.path.is_relative_to(Path.cwd()):
+        warning = f"--output {run.path} lies in the submitted job's own folder, which Ray removes"
+        print(f"warning: {warning}; give --output a folder that stays", file=sys.stderr)
     resources = preflight(config)
     setup = _build(config, run)
     if command.dry_run:

@@ -17,11 +17,11 @@ class Progress:
     """Follows a run's metrics and warnings and shows where the run stands."""
 
     def __init__(
-        self, run: RunDirectory, total_steps: int, global_batch_size: int, out: TextIO = sys.stdout
+        self, run: RunDirectory, total_steps: int, global_batch_size: int, out: TextIO | None = None
     ) -> None:
         self._metrics, self._warnings = _Tail(run.metrics), _Tail(run.warnings)
         self._warnings.read()  # an earlier start has shown them
-        self._total, self._size, self._out = total_steps, global_batch_size, out
+        self._total, self._size, self._out = total_steps, global_batch_size, out or sys.stdout
         self._shown_at, self._shown_step = 0.0, -1
         self._trained: Mapping[str, Any] = {}
         self._monitors: Mapping[str, Any] = {}
@@ -92,8 +92,10 @@ def progress_line(
 
 
 def duration(seconds: float) -> str:
-    """`2 h 5 min`, `3 min 20 s` or `14 s`."""
+    """`3 days 4 h`, `2 h 5 min`, `3 min 20 s` or `14 s`."""
     whole = round(seconds)
+    if whole >= 48 * 3600:
+        return f"{whole // 86400} days {whole % 86400 // 3600} h"
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"

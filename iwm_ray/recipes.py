@@ -32,8 +32,8 @@ def photos_tiny() -> Config:
         encoder=EncoderConfig(name="vit_tiny_patch16_224", patch_size=8, width=128, depth=4, num_heads=4),
         predictor=PredictorConfig(depth=4, width=128, num_heads=4),
         optimizer=OptimizerConfig(global_batch_size=128, lr=1e-3, weight_decay_end=0.04),
-        schedule=ScheduleConfig(steps=600, warmup_fraction=0.1, momentum_start=0.99),
-        monitor=MonitorConfig(every_steps=100, num_images=256, num_bank_images=512),
+        schedule=ScheduleConfig(steps=500, warmup_fraction=0.1, momentum_start=0.99),
+        monitor=MonitorConfig(every_steps=100, num_images=256, num_bank_images=512, mrr_images=32),
     )
 
 

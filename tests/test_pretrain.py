@@ -299,6 +299,15 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(tiny_command, tmp_path, m
     assert listing(tmp_path) == []
 
 
+def test_a_submitted_job_is_told_where_its_files_would_vanish(tiny_command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # Ray sets it for submitted jobs
+    assert run_here([*tiny_command("run", LOCAL), "--dry-run"]) == 0
+    assert "lies in the submitted job's own folder" in capsys.readouterr().err
+    assert run_here([*tiny_command(tmp_path.parent / "run", LOCAL), "--dry-run"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def _no_column(folder: Path) -> None:
     pq.write_table(pa.table({"picture": [b"", b""]}), folder / "a.parquet")
 

@@ -10,7 +10,8 @@ ROW = {"step": 120, "train/loss": 0.41234, "train/samples_per_second": 310.0}
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(14.2, "14 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (3599.9, "1 h 0 min")]
+    ("seconds", "words"),
+    [(14.2, "14 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (3599.9, "1 h 0 min"), (273600, "3 days 4 h")],
 )
 def test_durations_are_said_as_people_say_them(seconds, words):
     assert duration(seconds) == words

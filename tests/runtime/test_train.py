@@ -2,12 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import psutil
 import pyarrow.parquet as pq
@@ -59,50 +68,35 @@ def assert_same_run(run: Path, clean: Path) -> None:
     assert sum(pq.read_metadata(file).num_rows for file in files) == 45 * 32
 
 
-# Without faults, on the cluster of the test session
+@pytest.fixture(autouse=True)
+def _attentive_controller(monkeypatch):
+    """As `cluster.connect` sets it for a cluster that it starts."""
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 
-def test_ray_computes_what_the_local_engine_computes(
-    ray_cluster, clean_run, tiny_command, tmp_path, monkeypatch, capsys
-):
-    """From another folder, with relative names; and a run whose closing measurement was lost only measures."""
-    monkeypatch.chdir(tmp_path)
-    cache = Path(os.path.relpath(Path(tiny_command("")[tiny_command("").index("--runtime.cache") + 1])))
-    command = tiny_command("here", {"--runtime.cache": cache})
-    assert run_here(command) == 0
-    assert_same_run(tmp_path / "here", clean_run)
-    assert not (tmp_path / "here/ray").exists()
-    assert capsys.readouterr().out.count("finished at step 45 of 45") == 1
-
-    (tmp_path / "here/summary.json").unlink()
-    assert run_here(command) == 0
-    assert_same_run(tmp_path / "here", clean_run)
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short name, as sockets need it, for all files of a cluster."""
+    made = Path(tempfile.mkdtemp(prefix="iwm-test-"))
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
 
 
-def test_two_workers_see_the_same_samples(ray_cluster, clean_run, tiny_command, tmp_path):
-    assert run_here(tiny_command(tmp_path / "run", {"--runtime.num-workers": 2})) == 0
-    one, other = (action_log.read(folder / "actions") for folder in (tmp_path / "run", clean_run))
-    assert one.drop_columns("run").equals(other.drop_columns("run"))
-    ours, theirs = (load_file(checkpoint_file(run)) for run in (tmp_path / "run", clean_run))
-    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
-    for row, twin in zip(metrics(tmp_path / "run"), metrics(clean_run), strict=True):
-        assert row[:2] == twin[:2]
-        assert row[2] == pytest.approx(twin[2], rel=1e-3, abs=1e-4)
+def environment(**more: str) -> dict[str, str]:
+    """Ours, without the cluster of the test session."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return own | {"PYTHONPATH": str(REPOSITORY)} | more
 
 
-# Faults, on the cluster that the command starts for itself
-
-
-def start(arguments: list[str]) -> subprocess.Popen:
-    """The command in a process group of its own, as a terminal starts it, with a cluster of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+def start(arguments: list[str], folder: Path) -> subprocess.Popen:
+    """The command in a process group of its own, as a terminal starts it; it starts a cluster for itself."""
     return subprocess.Popen(
         [sys.executable, "-m", "iwm_ray.pretrain", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=environment | {"PYTHONPATH": str(REPOSITORY)},
+        env=environment(TMPDIR=str(folder)),
     )
 
 
@@ -119,11 +113,36 @@ def reported(run: Path, step: int) -> Callable[[], bool]:
     return lambda: any(row["step"] >= step for row in metrics_log.read(run / "metrics.jsonl"))
 
 
-def train_worker(driver: subprocess.Popen) -> psutil.Process:
-    """The train worker among the processes of the driver's cluster."""
-    family = psutil.Process(driver.pid).children(recursive=True)
-    (worker,) = [child for child in family if "RayTrainWorker" in " ".join(child.cmdline())]
-    return worker
+@contextmanager
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
+    """Acts once, beside what goes on in the block, as soon as the condition holds."""
+    over, acted = threading.Event(), []
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            if condition():
+                act()
+                acted.append(True)
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    assert acted
+
+
+def kill_train_worker() -> None:
+    """`kill -9` of the train worker among the processes of our cluster."""
+    (worker,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
+    worker.kill()
 
 
 def flip_a_bit(file: Path) -> None:
@@ -132,32 +151,69 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_no_fault_changes_the_run(clean_run, tiny_command, tmp_path):
-    """Four starts of one command: SIGTERM; Ctrl-C; kill -9 of the driver, and a bit of the newest checkpoint flips;
-    kill -9 of the train worker, which Ray replaces."""
+def test_signals_and_a_lost_worker_change_nothing(ray_cluster, clean_run, tiny_command, tmp_path, capsys):
+    """Three starts of one command: SIGTERM; kill -9 of the train worker, which Ray replaces; and, after the closing
+    measurement was lost, only that once more."""
     run = tmp_path / "run"
     command = tiny_command(run)
 
-    process = start(command)
-    wait_until(process, reported(run, 4))
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 143, said
+    with when(reported(run, 4), lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert run_here(command) == 143
+    said = capsys.readouterr().out
     step = json.loads((run / "summary.json").read_text())["steps"]
+    assert 4 <= step < 45
     assert said.splitlines()[-1] == f"saved at step {step}; the same command resumes the run"
+
+    with when(reported(run, step + 6), kill_train_worker):
+        assert run_here(command) == 0
+    assert_same_run(run, clean_run)
+    assert len(list((run / "checkpoints").glob(".generation-*"))) == 3  # or the worker was killed too late
     assert not (run / "ray").exists()
 
-    process = start(command)
-    wait_until(process, reported(run, step + 4))
+    (run / "summary.json").unlink()
+    (run / "pictures/retrieval.png").unlink()
+    assert run_here(command) == 0
+    assert_same_run(run, clean_run)
+    assert (run / "pictures/retrieval.png").exists()
+
+
+def test_two_workers_see_the_same_samples(
+    ray_cluster, clean_run, tiny_command, photo_cache, tmp_path, monkeypatch
+):
+    """With names relative to a folder that is not the workers'."""
+    monkeypatch.chdir(tmp_path)
+    changes = {"--runtime.num-workers": 2, "--runtime.cache": os.path.relpath(photo_cache)}
+    assert run_here(tiny_command("run", changes)) == 0
+    run = tmp_path / "run"
+    one, other = (action_log.read(folder / "actions") for folder in (run, clean_run))
+    assert one.drop_columns("run").equals(other.drop_columns("run"))
+    ours, theirs = (load_file(checkpoint_file(folder)) for folder in (run, clean_run))
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
+    for row, twin in zip(metrics(run), metrics(clean_run), strict=True):
+        assert row[:2] == twin[:2]
+        assert row[2] == pytest.approx(twin[2], rel=1e-3, abs=1e-4)
+
+
+def test_a_killed_driver_loses_nothing(ray_cluster, clean_run, tiny_command, folder, tmp_path, capfd):
+    """Three starts of one command: Ctrl-C; kill -9 of the driver, whereupon a bit of the newest checkpoint flips; and
+    to the end. The first two have clusters of their own, as without RAY_ADDRESS."""
+    run = tmp_path / "run"
+    command = tiny_command(run)
+
+    process = start(command, folder)
+    wait_until(process, reported(run, 4))
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes of the command
     said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     step = json.loads((run / "summary.json").read_text())["steps"]
-    assert (run / f"checkpoints/step_{step:08d}").is_dir()
+    assert said.splitlines()[-1] == f"saved at step {step}; the same command resumes the run"
+    assert not list(folder.iterdir())
 
-    process = start(command)
+    process = start(command, folder)
     wait_until(process, reported(run, step + 5))
     family = psutil.Process(process.pid).children(recursive=True)
+    # Two idle servers of Ray's stay for a minute.
+    family = [child for child in family if "Agent" not in " ".join(child.cmdline())]
     process.kill()
     process.communicate(timeout=PATIENCE)
     _, orphans = psutil.wait_procs(family, timeout=PATIENCE)
@@ -165,18 +221,99 @@ def test_no_fault_changes_the_run(clean_run, tiny_command, tmp_path):
     newest = checkpoint.newest_valid(run / "checkpoints")
     assert newest.step < 45
     flip_a_bit(newest.path / "model.safetensors")
-    older = checkpoint.newest_valid(run / "checkpoints")
-    assert older.step < newest.step
+    assert checkpoint.newest_valid(run / "checkpoints").step < newest.step
 
-    process = start(command)
-    wait_until(process, reported(run, newest.step + 4))
-    worker = train_worker(process)
-    worker.kill()
-    assert not reported(run, 45)()
-    said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, said
-    assert f"warning: checkpoint passed over: {newest.path.name}: model.safetensors has changed" in said
+    assert run_here(command) == 0
+    assert (
+        f"warning: checkpoint passed over: {newest.path.name}: model.safetensors has"
+        in capfd.readouterr().out
+    )
     assert_same_run(run, clean_run)
-    assert len((run / "attempts.jsonl").read_text().splitlines()) == 4
-    assert not (run / "ray").exists()
     assert {path.name for path in run.iterdir() if path.name.startswith(".")} == {".lock"}
+
+
+# Submitted to a cluster
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray head that was started for a test."""
+
+    address: str
+    environment: dict[str, str]
+    folder: Path
+
+
+@pytest.fixture
+def head(folder) -> Iterator[Head]:
+    """`ray start --head` with a token, its dashboard on loopback."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
+    gcs, dashboard, agent, client = (free.getsockname()[1] for free in sockets)
+    for free in sockets:
+        free.close()
+    token = uuid.uuid4().hex
+    own = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_USAGE_STATS_ENABLED="0")
+    ray = Path(sys.executable).with_name("ray")
+    options = (
+        f"--head --block --port={gcs} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent} "
+    )
+    options += (
+        f"--ray-client-server-port={client} --dashboard-host=127.0.0.1 --num-cpus=4 --temp-dir={folder}"
+    )
+    process = subprocess.Popen([ray, "start", *options.split()], env=own, stdout=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_until(process, lambda: _answers(f"{address}/api/version", token))
+        yield Head(address, own, folder)
+    finally:
+        family = [process, *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            with suppress(psutil.NoSuchProcess):  # its parent's end may have been its own
+                member.kill()
+        process.wait()
+
+
+def _answers(address: str, token: str) -> bool:
+    try:
+        with urlopen(Request(address, headers={"Authorization": f"Bearer {token}"}), timeout=5):
+            return True
+    except (URLError, OSError):
+        return False
+
+
+def test_a_submitted_job_succeeds(head, tiny_command, tmp_path):
+    folder = tmp_path / "working"
+    shutil.copytree(REPOSITORY / "iwm_ray", folder / "iwm_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / ".gitignore", folder)
+    for ignored in ("runs/before/weights.safetensors", "mlflow.db", ".venv/lib.so"):
+        (folder / ignored).parent.mkdir(parents=True, exist_ok=True)
+        (folder / ignored).write_bytes(bytes(1000))
+    run = tmp_path / "run"
+    command = tiny_command(run, {"--schedule.steps": 3, "--runtime.checkpoint-every-steps": 3})
+    ray = Path(sys.executable).with_name("ray")
+    job = [
+        "job",
+        "submit",
+        "--address",
+        head.address,
+        "--submission-id",
+        "pretraining",
+        "--working-dir",
+        folder,
+    ]
+    done = subprocess.run(
+        [ray, *job, "--", sys.executable, "-m", "iwm_ray.pretrain", *command],
+        env={name: value for name, value in head.environment.items() if name != "PYTHONPATH"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Job 'pretraining' succeeded" in done.stdout
+    assert "finished at step 3 of 3" in done.stdout
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+    found = head.folder.glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*")
+    (uploaded,) = (path for path in found if path.is_dir())
+    assert (uploaded / "iwm_ray/pretrain.py").exists()
+    assert {path.name for path in uploaded.iterdir()} <= {"iwm_ray", ".gitignore"}
