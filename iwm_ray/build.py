@@ -1,6 +1,7 @@
 """From a configuration to the objects of a run: the one place where parts are put together."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from numpy.typing import NDArray
 
 from iwm_ray.action_log import ActionLog
 from iwm_ray.config import Config
-from iwm_ray.data.decode import DecodeLimits, Undecodable
+from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan
+from iwm_ray.data.read import Reader
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.feed import Feed, Image
 from iwm_ray.model.iwm import build_model
@@ -108,21 +110,24 @@ def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) 
         offset: how many of the choice to pass over.
 
     Raises:
-        RunError: not one image could be read.
+        RunError: fewer than two images could be read.
     """
-    key = int(integers(setup.config.seed, MEASURING_EPOCH, purpose, 1)[0] >> np.uint64(1))
-    order = Plan(key % 2**31, len(index), len(index)).samples(np.arange(len(index)))
-    reader = Feed(**{**vars(setup.feed), "index": index})
+    key = int(integers(setup.config.seed, MEASURING_EPOCH, purpose, 1)[0] >> np.uint64(33))
+    places = np.arange(offset, min(offset + count, len(index)))
+    chosen = Plan(key, len(index), len(index)).samples(places)
     images: list[Image] = []
     samples: list[int] = []
-    for sample in order[offset : offset + count]:
-        try:
-            images.append(_clean(reader.image(int(sample)), setup.config.views.image_size))
-        except Undecodable:
-            continue
-        samples.append(int(sample))
-    if not images:
-        raise RunError(f"none of the {min(count, len(index))} images chosen for measuring could be read")
+    for sample, data in zip(chosen, Reader(index).read_many(chosen), strict=True):
+        with suppress(Undecodable):
+            if isinstance(data, Undecodable):
+                raise data
+            images.append(_clean(decode(data, setup.feed.limits), setup.config.views.image_size))
+            samples.append(int(sample))
+    if len(images) < 2:
+        raise RunError(
+            f"only {len(images)} of {len(places)} images chosen for measuring could be read, two are needed; "
+            "give more images under data.path or data.test_path"
+        )
     labels = index.labels_in(setup.feed.index.class_names)
     return Held(np.stack(images), labels[np.array(samples)], np.array(samples, np.int64))
 

@@ -7,6 +7,7 @@ floating-point rounding stands in `runtime` and `tracking`, which are left out o
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -54,6 +55,15 @@ class DataConfig(_Part):
     """images with a shorter side, in pixels, are quarantined"""
     background: tuple[int, int, int] = (255, 255, 255)
     """colour behind transparent pixels, 0-255"""
+
+    @model_validator(mode="after")
+    def _paths_hold_no_credentials(self) -> Self:
+        for name in ("path", "test_path"):
+            if re.match(r"\w+://[^/@]*:[^/@]*@", getattr(self, name)):
+                raise ValueError(
+                    f"{name}: holds credentials, and the configuration is recorded; give them by environment"
+                )
+        return self
 
     @model_validator(mode="after")
     def _background_is_a_colour(self) -> Self:
@@ -245,9 +255,9 @@ class RuntimeConfig(_Part):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPUs, fp32 on CPUs"""
     compile: bool = False
-    """torch.compile of the training step"""
+    """torch.compile of the forward and backward pass"""
     checkpoint_every_steps: NonNegativeInt = 0
-    """steps between two checkpoints; 0: ten a run"""
+    """steps between two checkpoints; 0: ten a run, but no more than 1000 steps apart"""
     max_failures: NonNegativeInt = 3
     """restarts of the worker group before the run fails"""
     wait_resources: NonNegativeFloat = 0

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -108,7 +108,7 @@ def pretrain(setup: "Setup", debug: bool = False) -> None:
     from iwm_ray import summary
     from iwm_ray.training import metrics_log
 
-    stop = _Stop(setup.run)
+    stop = Stop(setup.run)
     with setup.run.lock():
         setup.run.create(setup.config, setup.feed.index.hash)
         forget_mended_samples(setup)
@@ -169,7 +169,7 @@ def _ui_command(tracker: "NullTracker") -> str:
     return "" if tracker.uri == "none" else tracking.ui_command(tracker.uri)
 
 
-def _train(setup: "Setup", stop: "_Stop", debug: bool) -> "Outcome":
+def _train(setup: "Setup", stop: "Stop", debug: bool) -> "Outcome":
     """Runs the workers beside a loop that shows progress and passes signals on."""
     from iwm_ray import summary
     from iwm_ray.progress import Progress
@@ -202,15 +202,17 @@ def _trainer(setup: "Setup", debug: bool) -> Callable[[], "Outcome"]:
         from iwm_ray.session import train_here
 
         return lambda: train_here(setup)
+    from iwm_ray.build import cache_folder
     from iwm_ray.runtime import cluster
     from iwm_ray.runtime.train import train_on_ray
 
     cluster.connect(setup.config, debug)
     cluster.check_shared_directory(setup.run.path)
+    cluster.check_shared_directory(cache_folder(setup.config), "runtime.cache")
     return lambda: train_on_ray(setup)
 
 
-class _Stop:
+class Stop:
     """Turns the first Ctrl-C or SIGTERM into a request to save and stop, the second into an end."""
 
     def __init__(self, run: RunDirectory) -> None:
@@ -235,7 +237,8 @@ class _Stop:
             os.write(1, b"\nstopped without saving; the same command resumes from the last checkpoint\n")
             os._exit(_EXIT_CODES[signal.Signals(number)])
         self.received, self._received_at = signal.Signals(number), time.monotonic()
-        self._run.stop_request.touch()
+        with suppress(OSError):  # a full disk or a lost mount: the second signal still ends the run
+            self._run.stop_request.touch()
         os.write(1, b"\nsaving and stopping; once more to stop at once\n")
 
 

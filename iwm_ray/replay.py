@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from iwm_ray import action_log, cli
 from iwm_ray.build import Setup, build
 from iwm_ray.errors import RunError, UsageError
-from iwm_ray.feed import Columns, Feed, checksums_of
+from iwm_ray.feed import Columns, checksums_of
 from iwm_ray.pictures.words import amount
 from iwm_ray.run_directory import RunDirectory, read_config
 from iwm_ray.session import draw_views
@@ -79,7 +80,7 @@ def rebuild(setup: Setup, row: dict[str, Any]) -> Columns:
             f"row {row['row_id']}: place {row['counter']} of the stream is now row {feed.index.row_id(sample)}; the "
             f"seed or the images under {setup.config.data.path} are not those of the run"
         )
-    columns = Feed(**{**vars(feed), "log": None, "quarantine": None}).rows(counter)
+    columns = replace(feed, log=None, quarantine=None).rows(counter)
     if not columns["weight"][0]:
         raise RunError(f"row {row['row_id']}: the image can't be decoded any more: {feed.index.path(sample)}")
     masks = feed.masks.draw(setup.config.seed, _epochs(row), np.array([sample]))

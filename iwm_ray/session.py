@@ -26,7 +26,6 @@ from iwm_ray.data.index import Index
 from iwm_ray.errors import RunError, SupersededError, UsageError
 from iwm_ray.evaluation.monitors import Monitor
 from iwm_ray.evaluation.mrr import measure_mrr
-from iwm_ray.feed import Feed
 from iwm_ray.loader import local_columns, to_batch, to_tensors
 from iwm_ray.model.iwm import IWM, build_model
 from iwm_ray.training import checkpoint, metrics_log
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 OpenColumns = Callable[[int], Iterator[dict[str, Tensor]]]
 """From a step, this worker's columns of that step and all later ones."""
 
-# With several workers, agreeing on whether to stop is an exchange between them; every so many steps it costs nothing.
-_STEPS_BETWEEN_AGREEMENTS = 8
 _NUM_SHEET_ROWS = 5
 
 
@@ -130,7 +127,7 @@ def _work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
 
 def _num_threads(runtime: RuntimeConfig, num_workers: int) -> int:
     """Threads that must wait for a CPU, because the data tasks hold it, slow all others down: leave them theirs."""
-    spare = (os.cpu_count() or 1) - int(runtime.data_cpus)
+    spare = len(os.sched_getaffinity(0)) - int(runtime.data_cpus)
     return runtime.threads_per_worker or max(1, spare // num_workers)
 
 
@@ -141,7 +138,7 @@ def _checked_batches(
     size = setup.config.optimizer.global_batch_size
     for part in columns:
         steps = torch.unique(part["counter"] // size)
-        if steps.tolist() != [step] or len(part["counter"]) != size // worker.count:
+        if steps.tolist() != [step] or len(part["counter"].unique()) != size // worker.count:
             raise RuntimeError(f"step {step} was handed rows of steps {steps.tolist()}")
         yield to_batch(part, setup.policy, worker.device)
         step += 1
@@ -154,7 +151,7 @@ class Reporter:
         config, total = setup.config, setup.total_steps
         self._setup, self._worker, self._generation = setup, worker, generation
         self._monitor_every = config.monitor.every_steps or max(1, total // 10)
-        self._checkpoint_every = config.runtime.checkpoint_every_steps or max(1, total // 10)
+        self._checkpoint_every = config.runtime.checkpoint_every_steps or max(1, min(1000, total // 10))
         self._quality: float | None = None
         self._clock = _Clock()
         if worker.rank == 0:
@@ -225,7 +222,7 @@ class Reporter:
         wanted = self._worker.rank == 0 and self._setup.run.stop_request.exists()
         if self._worker.count == 1:
             return wanted
-        if step % _STEPS_BETWEEN_AGREEMENTS:
+        if step % self._setup.config.monitor.report_every_steps:  # a report waits for the device anyway
             return False
         flag = torch.tensor(int(wanted), device=self._worker.device)
         torch.distributed.all_reduce(flag)
@@ -244,20 +241,24 @@ class Reporter:
 
 
 def make_monitor(setup: Setup, device: torch.device) -> Monitor:
-    """The fixed inputs of the monitors: held-out images with their views, and the kNN's bank."""
-    config = setup.config.monitor
-    queries_from = setup.test_index or setup.feed.index
-    queries = hold(setup, queries_from, config.num_images, "monitor")
-    # Where both come from the training images, the bank begins after the queries.
-    offset = 0 if setup.test_index else config.num_images
-    bank = hold(setup, setup.feed.index, config.num_bank_images, "monitor", offset)
-    batch = measuring_batch(setup, queries_from, queries.samples, device)
+    """The fixed inputs of the monitors: images with their views, and the kNN's bank.
+
+    Without `data.test_path` both are training images: a quarter of them at most is asked, the rest is the bank.
+    """
+    config, train = setup.config.monitor, setup.feed.index
+    if setup.test_index:
+        asked, count, offset = setup.test_index, config.num_images, 0
+    else:
+        asked, count = train, max(2, min(config.num_images, len(train) // 4))
+        offset = count
+    queries = hold(setup, asked, count, "monitor")
+    bank = hold(setup, train, config.num_bank_images, "monitor", offset) if len(train) - offset >= 2 else None
     return Monitor(
-        batch=batch,
+        batch=measuring_batch(setup, asked, queries.samples, device),
         query_images=_channels_first(queries.images),
         query_labels=torch.from_numpy(queries.labels),
-        bank_images=_channels_first(bank.images),
-        bank_labels=torch.from_numpy(bank.labels),
+        bank_images=None if bank is None else _channels_first(bank.images),
+        bank_labels=None if bank is None else torch.from_numpy(bank.labels),
         num_neighbors=config.num_neighbors,
         seed=setup.config.seed,
     )
@@ -265,7 +266,7 @@ def make_monitor(setup: Setup, device: torch.device) -> Monitor:
 
 def measuring_batch(setup: Setup, index: Index, samples: np.ndarray, device: torch.device) -> Batch:
     """Views, masks and actions of chosen samples, drawn under an epoch that training never reaches."""
-    feed = Feed(**{**vars(setup.feed), "index": index, "log": None, "quarantine": None})
+    feed = replace(setup.feed, index=index, log=None, quarantine=None)
     epochs = np.full(len(samples), MEASURING_EPOCH, np.int64)
     return to_batch(to_tensors(feed.make(samples, epochs, samples)), setup.policy, device)
 

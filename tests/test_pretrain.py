@@ -19,7 +19,7 @@ from PIL import Image
 from iwm_ray import action_log
 from iwm_ray.build import Setup, build
 from iwm_ray.cli import parse_pretrain
-from iwm_ray.pretrain import forget_mended_samples, main
+from iwm_ray.pretrain import Stop, forget_mended_samples, main
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.training import metrics_log
 
@@ -113,7 +113,11 @@ def test_a_run_leaves_what_is_promised(clean_run):
     )
     promised += "mrr/mrr mrr/chance mrr/adjusted mrr/zero_action mrr/shuffled_action mrr/h1 mrr/h5 mrr/h10"
     assert set(promised.split()) <= found["metrics"].keys()
-    assert {path.name for path in (clean_run / "pictures").iterdir()} == {"curves.png", "retrieval.png"}
+    assert {path.name for path in (clean_run / "pictures").iterdir()} == {
+        "curves.png",
+        "retrieval.png",
+        "views.png",
+    }
     kept = sorted(path.name for path in (clean_run / "checkpoints").glob("step_*"))
     assert kept[-2:] == ["step_00000044", "step_00000045"]
     assert {path.name for path in (clean_run / "checkpoints" / kept[-1]).iterdir()} == {
@@ -162,8 +166,8 @@ def test_a_run_goes_on_only_with_the_images_that_it_began_with(tiny_command, tmp
 # Faults and signals
 
 
-def test_signals_at_any_time_change_nothing(clean_run, tiny_command, tmp_path):
-    """Three starts of one command: Ctrl-C, Ctrl-C and SIGTERM, and to the end."""
+def test_signals_and_kills_at_any_time_change_nothing(clean_run, tiny_command, tmp_path):
+    """Three starts of one command: Ctrl-C, kill -9, and to the end."""
     run = tmp_path / "run"
     command = tiny_command(run, LOCAL)
 
@@ -180,13 +184,9 @@ def test_signals_at_any_time_change_nothing(clean_run, tiny_command, tmp_path):
 
     process = start(command)
     wait_for_step(process, run, stopped["steps"] + 5)
-    process.send_signal(signal.SIGSTOP)  # so that it finds both
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    said, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode in (130, 143), said
-    assert "stopped without saving; the same command resumes from the last checkpoint" in said
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == -signal.SIGKILL
 
     process = start(command)
     said, _ = process.communicate(timeout=PATIENCE)
@@ -197,6 +197,29 @@ def test_signals_at_any_time_change_nothing(clean_run, tiny_command, tmp_path):
     assert one.equals(other)
     assert len((run / "attempts.jsonl").read_text().splitlines()) == 3
     assert not (run / "stop-request").exists()
+
+
+def test_a_second_signal_ends_the_run_without_saving(clean_run, monkeypatch, capfd):
+    clock = [100.0]
+    monkeypatch.setattr("iwm_ray.pretrain.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("iwm_ray.pretrain.os._exit", sys.exit)
+    run = RunDirectory(clean_run)
+    stop = Stop(run)
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        assert run.stop_request.exists()
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher signals the process and its group
+        clock[0] += 2
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert ended.value.code == 130
+    run.stop_request.unlink()
+    said = capfd.readouterr().out.split("\n")
+    assert said[1::2] == [
+        "saving and stopping; once more to stop at once",
+        "stopped without saving; the same command resumes from the last checkpoint",
+    ]
 
 
 def test_a_second_start_beside_a_live_run_is_refused(clean_run, tiny_command, capsys):

@@ -368,19 +368,19 @@ def _wait(asked: Asked, seconds: float, say: Say) -> None:
 # ---- does every node see the run directory? ----
 
 
-def check_shared_directory(run_dir: Path) -> None:
-    """Has every living node with CPUs read what this process wrote into the run directory, and write beside
-    it.
+def check_shared_directory(folder: Path, setting: str = "--output") -> None:
+    """Has every living node with CPUs read what this process wrote into a folder, and write beside it.
 
     Args:
-        run_dir: the run directory; it exists, and we are connected.
+        folder: the run directory or the cache; it exists, and we are connected.
+        setting: what names the folder.
 
     Raises:
         UsageError: a node does not see the directory, or may not write there, or lacks this package.
         RunError: a node did not answer.
     """
     others = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    token = run_dir.absolute() / f".token-{uuid.uuid4().hex}"
+    token = folder.absolute() / f".token-{uuid.uuid4().hex}"
     token.write_text(token.name)
     try:
         answers = {}
@@ -392,7 +392,7 @@ def check_shared_directory(run_dir: Path) -> None:
         for answer in done:
             problem = _ask(answer)
             if problem:
-                raise UsageError(f"--output {run_dir}: node {answers[answer]} {problem}")
+                raise UsageError(f"{setting} {folder}: node {answers[answer]} {problem}")
         if silent:
             raise RunError(f"node {answers[silent[0]]} did not answer within {_NODE_ANSWER_SECONDS:g} s")
     finally:
@@ -405,14 +405,14 @@ def look_at(token: str) -> str:
     try:
         seen = path.read_text()
     except OSError as error:
-        return f"does not see it ({error.strerror}); choose an --output on storage that all nodes share"
+        return f"does not see it ({error.strerror}); choose a folder on storage that all nodes share"
     if seen != path.name:
-        return "sees another folder of that name; choose an --output on storage that all nodes share"
+        return "sees another folder of that name; choose a folder on storage that all nodes share"
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".token-"):
             return ""
     except OSError as error:
-        return f"may not write there ({error.strerror}); mend its permissions or choose another --output"
+        return f"may not write there ({error.strerror}); mend its permissions or choose another folder"
 
 
 def _ask(answer: "ray.ObjectRef[str]") -> str:
