@@ -132,7 +132,7 @@ class Feed:
                 views = self._views_of(image, draws, i)
             except Undecodable as fault:
                 reasons[i] = fault.reason
-                views = (np.uint8(0),) * len(columns)
+                views = (np.zeros((size, size, 3), np.uint8),) * len(columns)
             for column, view in zip(columns.values(), views, strict=True):
                 column[i] = view
         return columns, reasons
@@ -188,7 +188,7 @@ class Feed:
 
 def checksums_of(views: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """CRC-32 of each image, the same that the action log holds."""
-    return np.array([zlib.crc32(np.ascontiguousarray(view)) for view in views], np.uint32)
+    return np.array([zlib.crc32(np.ascontiguousarray(view).data) for view in views], np.uint32)
 
 
 def _sizes(images: list[EncodedImage | Undecodable]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -123,7 +123,8 @@ class EncodedImage:
         """
         if not data.startswith(_JPEG_START):
             pixels = decode(data, limits)
-            return cls(*pixels.shape[:2], data, limits, pixels)
+            height, width, _ = pixels.shape
+            return cls(height, width, data, limits, pixels)
         height, width, _ = _jpeg_header(data, limits)
         if _orientation(_jpeg_exif(data)) >= _FIRST_TRANSPOSED:
             height, width = width, height

@@ -313,7 +313,7 @@ def test_a_submitted_job_succeeds(head, tiny_command, tmp_path):
     assert "Job 'pretraining' succeeded" in done.stdout
     assert "finished at step 3 of 3" in done.stdout
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
-    found = head.folder.glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*")
+    found = head.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*")
     (uploaded,) = (path for path in found if path.is_dir())
     assert (uploaded / "iwm_ray/pretrain.py").exists()
     assert {path.name for path in uploaded.iterdir()} <= {"iwm_ray", ".gitignore"}
