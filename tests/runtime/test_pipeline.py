@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+
+from iwm_ray.build import build
+from iwm_ray.cli import validate
+from iwm_ray.recipes import photos_tiny
+from iwm_ray.run_directory import RunDirectory
+from iwm_ray.runtime.pipeline import block_rows, execution_options, stream
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def make(tmp_path):
+    def setup(num_workers):
+        tree = photos_tiny().model_dump()
+        tree["optimizer"]["global_batch_size"] = 16
+        tree["runtime"] |= {"cache": str(tmp_path / "cache"), "num_workers": num_workers}
+        tree["tracking"]["action_log_fraction"] = 0.0
+        return build(validate(tree), RunDirectory(tmp_path / "run"))
+
+    return setup
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_global_batches_are_those_of_the_plan_for_every_worker_count(ray_cluster, make, num_workers):
+    import ray
+
+    setup = make(num_workers)
+    config = setup.config
+    assert config.worker_batch_size % block_rows(config, setup.feed) == 0
+    start, until = 3, 23
+    data = stream(config, setup.feed, start, until)
+    data.context.execution_options = execution_options(config)
+
+    @ray.remote(num_cpus=0)
+    def read(shard):
+        batches = shard.iter_batches(batch_size=config.worker_batch_size, batch_format="numpy")
+        return [batch["counter"].tolist() for batch in batches]
+
+    shards = data.streaming_split(num_workers, equal=True)
+    parts = ray.get([read.remote(shard) for shard in shards], timeout=120)
+    assert {len(part) for part in parts} == {until - start}
+    for step, batches in enumerate(zip(*parts, strict=True), start=start):
+        found = sorted(counter for batch in batches for counter in batch)
+        assert found == list(range(step * 16, (step + 1) * 16))
+
+
+def test_rows_are_those_of_the_feed(ray_cluster, make):
+    setup = make(1)
+    data = stream(setup.config, setup.feed, 0, 2)
+    data.context.execution_options = execution_options(setup.config)
+    batches = list(data.iter_batches(batch_size=16, batch_format="numpy"))
+    for step, batch in enumerate(batches):
+        for name, values in setup.feed.rows(np.arange(step * 16, (step + 1) * 16)).items():
+            np.testing.assert_array_equal(batch[name], values)
