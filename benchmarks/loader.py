@@ -230,14 +230,14 @@ def ray_data(feed: Feed, config: Config) -> Iterator[int]:
     assert feed.log is not None
     os.environ.pop("RAY_ADDRESS", None)
     cluster.connect(config)
-    stream = pipeline.stream(config, feed, 0, 10**6)
+    layout = pipeline.Layout.of(config, feed, 0, 10**6)
+    stream = pipeline.stream(feed, layout)
     stream.context.execution_options = pipeline.execution_options(config)
-    rows = pipeline.block_rows(config, feed)
-    batches = stream.iter_torch_batches(
-        batch_size=BATCH, prefetch_batches=4, collate_fn=ToTensors(), device="cpu"
-    )
-    for _ in batches:
-        yield rows * sum(1 for _ in feed.log.folder.glob("*/*.parquet"))
+    for _ in range(layout.num_segments):
+        for _ in stream.iter_torch_batches(
+            batch_size=BATCH, prefetch_batches=4, collate_fn=ToTensors(), device="cpu"
+        ):
+            yield layout.block_rows * sum(1 for _ in feed.log.folder.glob("*/*.parquet"))
     ray.shutdown()
 
 

@@ -1,12 +1,24 @@
-"""The stream of a run's samples as one Ray Data pipeline: counters -> rows, made by tasks on CPU nodes."""
+"""The stream of a run's samples as a Ray Data pipeline: places in the stream -> rows, made by tasks on CPU nodes.
+
+A run may have hundreds of millions of samples, and Ray wants to know all tasks of an execution before the first one
+runs. So the stream is cut into segments of a few thousand tasks; each time the dataset is iterated it gives the next
+segment. The tasks of a segment start only as the trainer takes their rows.
+"""
 
 import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import ray.data
 from ray.data import DataContext, Dataset, ExecutionOptions
+from ray.data.block import Block, BlockAccessor, BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+from ray.util.annotations import RayDeprecationWarning
 
 from iwm_ray.config import Config
-from iwm_ray.feed import Columns, Feed
+from iwm_ray.feed import Feed
 
 # glibc hands out arrays below 32 MiB from memory that it keeps; larger ones come from the system page by page.
 _BLOCK_BYTES = 30 * 2**20
@@ -14,9 +26,44 @@ _BLOCK_BYTES = 30 * 2**20
 _TASK_BYTES = 2 * _BLOCK_BYTES
 # Ray cuts what a function yields where it exceeds a block's target size: one made for each block, a little smaller.
 _TARGET_SHARE = 0.9
-_COUNTERS_PER_READ = 2**17
+# Announcing a task takes Ray 0.2 ms, and the trainer waits a second between two segments.
+_TASKS_PER_SEGMENT = 4096
 # A task whose process dies (a decoder that crashes, no memory) is tried again this often; Ray's default is for ever.
 _TASK_RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the samples of steps `start` to `until - 1` are dealt out to blocks, tasks and segments."""
+
+    start: int
+    until: int
+    batch_size: int
+    """samples of a step"""
+    block_rows: int
+    """rows of every block; divides each worker's batch"""
+    task_rows: int
+    """rows of a task, whole blocks"""
+    segment_steps: int
+    """steps of a segment, at most"""
+
+    @classmethod
+    def of(cls, config: Config, feed: Feed, start: int, until: int) -> "Layout":
+        """Blocks and tasks of a good size for the rows of this feed."""
+        rows, size = block_rows(config, feed), config.optimizer.global_batch_size
+        task_rows = rows * max(1, _TASK_BYTES // (rows * feed.row_bytes))
+        return cls(start, until, size, rows, task_rows, max(1, _TASKS_PER_SEGMENT * task_rows // size))
+
+    @property
+    def num_segments(self) -> int:
+        """How often the dataset is to be iterated."""
+        return -(-(self.until - self.start) // self.segment_steps)
+
+    def tasks(self, segment: int) -> list[range]:
+        """The counters of each task of a segment."""
+        first = (self.start + segment * self.segment_steps) * self.batch_size
+        last = min(first + self.segment_steps * self.batch_size, self.until * self.batch_size)
+        return [range(task, min(task + self.task_rows, last)) for task in range(first, last, self.task_rows)]
 
 
 def block_rows(config: Config, feed: Feed) -> int:
@@ -26,28 +73,15 @@ def block_rows(config: Config, feed: Feed) -> int:
     return max(rows for rows in range(1, min(size, most) + 1) if size % rows == 0)
 
 
-def stream(config: Config, feed: Feed, start: int, until: int) -> Dataset:
-    """The rows of steps `start` to `until - 1`, all epochs in one pipeline, in the order of the counters.
-
-    Every block has exactly `block_rows` rows. `repartition` cuts the counters into tasks; it must be strict, or it
-    would leave a remainder behind each block of counters.
-    """
-    rows = block_rows(config, feed)
-    size = config.optimizer.global_batch_size
-    first, count = start * size, (until - start) * size
-    blocks_per_task = max(1, _TASK_BYTES // (rows * feed.row_bytes))
-
-    def make_rows(counters: Columns) -> Columns:
-        return feed.rows(first + counters["id"])
-
-    with DataContext.current(_context(rows * feed.row_bytes)):
-        counters = ray.data.range(count, override_num_blocks=-(-count // _COUNTERS_PER_READ))
-        tasks = counters.repartition(target_num_rows_per_block=rows * blocks_per_task, strict=True)
-        return tasks.map_batches(
-            make_rows,
-            batch_size=rows,
-            batch_format="numpy",
-            ray_remote_args_fn=lambda: {"max_retries": _TASK_RETRIES},
+def stream(feed: Feed, layout: Layout) -> Dataset:
+    """The rows of the layout's steps in the order of the counters, the next segment at each iteration."""
+    with DataContext.current(_context(layout.block_rows * feed.row_bytes)), warnings.catch_warnings():
+        # Ray 2.60 deprecates the one way to say how often a task is tried again, and names no other.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return ray.data.read_datasource(
+            _Stream(feed, layout),
+            override_num_blocks=len(layout.tasks(0)),
+            ray_remote_args={"max_retries": _TASK_RETRIES},
         )
 
 
@@ -55,6 +89,38 @@ def execution_options(config: Config) -> ExecutionOptions:
     """Order by counter, not by arrival; tasks on the nodes that `runtime.data_label` names."""
     key, _, value = config.runtime.data_label.partition("=")
     return ExecutionOptions(preserve_order=True, label_selector={key: value} if key else None)
+
+
+class _Stream(Datasource):
+    """Names a segment's tasks to Ray Data."""
+
+    def __init__(self, feed: Feed, layout: Layout) -> None:
+        super().__init__()
+        self._feed, self._layout = feed, layout
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        # Ray counts the executions of a dataset here and nowhere else (its own shuffles are seeded by it). Were it
+        # to go away, training would refuse the second segment: its rows would be those of other steps.
+        segment = data_context._execution_idx if data_context else 0
+        feed, rows = self._feed, self._layout.block_rows
+        return [
+            ReadTask(
+                lambda task=task: _blocks(feed, task, rows),
+                BlockMetadata(len(task), len(task) * feed.row_bytes, None, None),
+            )
+            for task in self._layout.tasks(segment)
+        ]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+
+def _blocks(feed: Feed, counters: range, block_rows: int) -> Iterator[Block]:
+    for first in range(counters.start, counters.stop, block_rows):
+        columns = feed.rows(np.arange(first, min(first + block_rows, counters.stop)))
+        yield BlockAccessor.batch_to_arrow_block(columns)
 
 
 def _context(block_bytes: int) -> DataContext:

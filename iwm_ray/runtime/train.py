@@ -16,7 +16,7 @@ from torch import Tensor
 
 from iwm_ray.build import Setup
 from iwm_ray.loader import to_tensors
-from iwm_ray.runtime.pipeline import execution_options, stream
+from iwm_ray.runtime.pipeline import Layout, execution_options, stream
 from iwm_ray.session import Outcome, Worker, resume_step, work
 
 _PREFETCH_BATCHES = 4
@@ -45,11 +45,7 @@ def train_on_ray(setup: Setup) -> Outcome:
             storage_path=str(storage.absolute()),
             failure_config=FailureConfig(max_failures=runtime.max_failures),
         ),
-        datasets={
-            "train": lambda: stream(
-                setup.config, setup.feed, resume_step(setup.run.checkpoints), setup.total_steps
-            )
-        },
+        datasets={"train": lambda: stream(setup.feed, _layout(setup, resume_step(setup.run.checkpoints)))},
         dataset_config=DataConfig(execution_options=execution_options(setup.config)),
     )
     try:
@@ -75,17 +71,21 @@ def _train_worker(arguments: dict[str, Any]) -> Outcome:
 
     def open_columns(step: int) -> Iterator[dict[str, Tensor]]:
         shard = ray.train.get_dataset_shard("train")
-        return iter(
-            shard.iter_torch_batches(
+        for _ in range(_layout(setup, step).num_segments):
+            yield from shard.iter_torch_batches(
                 batch_size=setup.config.worker_batch_size,
                 prefetch_batches=_PREFETCH_BATCHES,
                 collate_fn=_ToTensors(),
                 device="cpu",
                 pin_memory=worker.device.type == "cuda",
             )
-        )
 
     return work(setup, worker, open_columns)
+
+
+def _layout(setup: Setup, step: int) -> Layout:
+    """The rest of the run, from a step on; the driver and all workers must cut it alike."""
+    return Layout.of(setup.config, setup.feed, step, setup.total_steps)
 
 
 def _cause(error: BaseException) -> str:

@@ -5,7 +5,8 @@ from iwm_ray.build import build
 from iwm_ray.cli import validate
 from iwm_ray.recipes import photos_tiny
 from iwm_ray.run_directory import RunDirectory
-from iwm_ray.runtime.pipeline import block_rows, execution_options, stream
+from iwm_ray.runtime import pipeline
+from iwm_ray.runtime.pipeline import Layout, execution_options, stream
 
 pytestmark = pytest.mark.ray
 
@@ -23,20 +24,32 @@ def make(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_global_batches_are_those_of_the_plan_for_every_worker_count(ray_cluster, make, num_workers):
+def test_global_batches_are_those_of_the_plan_for_every_worker_count(
+    ray_cluster, make, num_workers, monkeypatch
+):
+    """Over several segments, the last of them shorter, and tasks of several blocks."""
     import ray
+
+    monkeypatch.setattr(pipeline, "_TASKS_PER_SEGMENT", 3)
+    monkeypatch.setattr(pipeline, "_TASK_BYTES", 2 * 16 * 3072)
 
     setup = make(num_workers)
     config = setup.config
-    assert config.worker_batch_size % block_rows(config, setup.feed) == 0
     start, until = 3, 23
-    data = stream(config, setup.feed, start, until)
+    layout = Layout.of(config, setup.feed, start, until)
+    assert config.worker_batch_size % layout.block_rows == 0
+    assert layout.num_segments > 2
+    assert (until - start) % layout.segment_steps
+    data = stream(setup.feed, layout)
     data.context.execution_options = execution_options(config)
 
     @ray.remote(num_cpus=0)
     def read(shard):
-        batches = shard.iter_batches(batch_size=config.worker_batch_size, batch_format="numpy")
-        return [batch["counter"].tolist() for batch in batches]
+        return [
+            batch["counter"].tolist()
+            for _ in range(layout.num_segments)
+            for batch in shard.iter_batches(batch_size=config.worker_batch_size, batch_format="numpy")
+        ]
 
     shards = data.streaming_split(num_workers, equal=True)
     parts = ray.get([read.remote(shard) for shard in shards], timeout=120)
@@ -48,7 +61,7 @@ def test_global_batches_are_those_of_the_plan_for_every_worker_count(ray_cluster
 
 def test_rows_are_those_of_the_feed(ray_cluster, make):
     setup = make(1)
-    data = stream(setup.config, setup.feed, 0, 2)
+    data = stream(setup.feed, Layout.of(setup.config, setup.feed, 0, 2))
     data.context.execution_options = execution_options(setup.config)
     batches = list(data.iter_batches(batch_size=16, batch_format="numpy"))
     for step, batch in enumerate(batches):

@@ -30,6 +30,7 @@ from iwm_ray.training import checkpoint, metrics_log
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PATIENCE = 300  # seconds; guards against hanging, measures nothing
 TIMED = {"train/samples_per_second", "train/data_wait_fraction", "monitor/seconds"}
 
@@ -253,14 +254,13 @@ def head(folder) -> Iterator[Head]:
         free.close()
     token = uuid.uuid4().hex
     own = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_USAGE_STATS_ENABLED="0")
-    ray = Path(sys.executable).with_name("ray")
     options = (
         f"--head --block --port={gcs} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent} "
     )
     options += (
         f"--ray-client-server-port={client} --dashboard-host=127.0.0.1 --num-cpus=4 --temp-dir={folder}"
     )
-    process = subprocess.Popen([ray, "start", *options.split()], env=own, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*RAY, "start", *options.split()], env=own, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{dashboard}"
     try:
         wait_until(process, lambda: _answers(f"{address}/api/version", token))
@@ -290,7 +290,6 @@ def test_a_submitted_job_succeeds(head, tiny_command, tmp_path):
         (folder / ignored).write_bytes(bytes(1000))
     run = tmp_path / "run"
     command = tiny_command(run, {"--schedule.steps": 3, "--runtime.checkpoint-every-steps": 3})
-    ray = Path(sys.executable).with_name("ray")
     job = [
         "job",
         "submit",
@@ -302,7 +301,7 @@ def test_a_submitted_job_succeeds(head, tiny_command, tmp_path):
         folder,
     ]
     done = subprocess.run(
-        [ray, *job, "--", sys.executable, "-m", "iwm_ray.pretrain", *command],
+        [*RAY, *job, "--", sys.executable, "-m", "iwm_ray.pretrain", *command],
         env={name: value for name, value in head.environment.items() if name != "PYTHONPATH"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
