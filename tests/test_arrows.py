@@ -18,7 +18,7 @@ LAYERS = [
     ["evaluation"],
     ["pictures"],
     ["feed", "recipes"],
-    ["loader", "build", "cli"],
+    ["loader", "build", "cli", "trained"],
     ["session", "plan_report", "progress"],
     ["summary"],
     ["runtime"],

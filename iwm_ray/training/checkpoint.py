@@ -159,6 +159,19 @@ def newest_valid(directory: Path) -> Found | None:
     return None
 
 
+def best_valid(directory: Path) -> Found:
+    """The checkpoint with the best features when it was written.
+
+    Raises:
+        UsageError: none was measured.
+        RunError: it is damaged.
+    """
+    measured = [(item.metric, path) for path, item in list_manifests(directory)[0] if item.metric is not None]
+    if not measured:
+        raise UsageError(f"no checkpoint in {directory} was measured; ask for the newest")
+    return open_checkpoint(max(measured)[1])
+
+
 def open_checkpoint(path: Path) -> Found:
     """The checkpoint in the folder `path`.
 
