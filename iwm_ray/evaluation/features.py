@@ -2,11 +2,29 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from iwm_ray.model.iwm import IWM
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a frozen encoder makes of k images; the arrays may be memory-mapped."""
+
+    values: NDArray[Any]
+    """`[k n d]` tokens or `[k d]` pooled features, float32 or float16"""
+    labels: NDArray[Any]
+    """`[k]` int64 classes, -1: none"""
+    samples: NDArray[Any]
+    """`[k]` int64 sample numbers in the index that the images come from"""
+    class_names: tuple[str, ...]
+    hash: str
+    """names encoder, images and transform"""
 
 
 @contextmanager
