@@ -22,7 +22,7 @@ from iwm_ray.randomness import integers
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.views.masks import MaskSampler
 from iwm_ray.views.policy import ViewPolicy
-from iwm_ray.views.resize import resize
+from iwm_ray.views.resize import clean_view
 
 MEASURING_EPOCH = 2**31 - 1
 """The epoch under which monitors draw their views: none that training ever reaches."""
@@ -121,7 +121,7 @@ def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) 
         with suppress(Undecodable):
             if isinstance(data, Undecodable):
                 raise data
-            images.append(_clean(decode(data, setup.feed.limits), setup.config.views.image_size))
+            images.append(clean_view(decode(data, setup.feed.limits), setup.config.views.image_size))
             samples.append(int(sample))
     if len(images) < 2:
         raise RunError(
@@ -130,11 +130,3 @@ def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) 
         )
     labels = index.labels_in(setup.feed.index.class_names)
     return Held(np.stack(images), labels[np.array(samples)], np.array(samples, np.int64))
-
-
-def _clean(image: Image, size: int) -> Image:
-    """The image as it is, but square and of the views' size: its middle, resized."""
-    height, width, _ = image.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return resize(image[top : top + side, left : left + side], size)

@@ -21,6 +21,18 @@ _BLOCK = 8  # rows of one small product; so small that OpenBLAS keeps to the cal
 _UNITS = 256  # weights are multiples of 1/256
 
 
+CLEAN_VIEW = "clean-view-1"
+"""names `clean_view` in caches; a change of what it computes needs a new name"""
+
+
+def clean_view(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The view in which images are measured: `[h w 3]` uint8 as it is, but square, its middle, `[size size 3]`."""
+    height, width, _ = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize(image[top : top + side, left : left + side], size)
+
+
 def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Resizes `[h w 3]` uint8 to `[size size 3]` uint8; `image` may be a strided view of a larger one."""
     height, width, channels = image.shape
