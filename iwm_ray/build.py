@@ -121,7 +121,7 @@ def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) 
         with suppress(Undecodable):
             if isinstance(data, Undecodable):
                 raise data
-            images.append(_clean(decode(data, setup.feed.limits), setup.config.views.image_size))
+            images.append(clean(decode(data, setup.feed.limits), setup.config.views.image_size))
             samples.append(int(sample))
     if len(images) < 2:
         raise RunError(
@@ -132,8 +132,8 @@ def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) 
     return Held(np.stack(images), labels[np.array(samples)], np.array(samples, np.int64))
 
 
-def _clean(image: Image, size: int) -> Image:
-    """The image as it is, but square and of the views' size: its middle, resized."""
+def clean(image: Image, size: int) -> Image:
+    """The image `[h w 3]` as it is, but square and of the views' size: its middle, resized to `[size size 3]`."""
     height, width, _ = image.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
