@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -19,6 +19,8 @@ from pydantic.fields import FieldInfo
 from iwm_ray.config import Config
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.recipes import RECIPES
+
+AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,22 @@ def parse_pretrain(arguments: Sequence[str]) -> tuple[Command, bool]:
         )
     base = _read_config(options.config) if options.config else _recipe(options.recipe or "photos_tiny")
     tree = base.model_dump()
-    for name, value in vars(options).items():
-        if "." in name and value is not None:
-            section, field = name.split(".")
-            tree[section][field] = value
+    override(tree, options)
     if options.steps is not None:
         tree["schedule"]["steps"] = options.steps
     if options.seed is not None:
         tree["seed"] = options.seed
     return Command(validate(tree), options.output, options.dry_run), options.debug
+
+
+def override(tree: dict[str, Any], options: argparse.Namespace) -> None:
+    """Puts the settings of the command line (see `add_settings`) into the tree of a configuration."""
+    for name, value in vars(options).items():
+        if value is None:
+            continue
+        section, dot, field = name.partition(".")
+        if dot:
+            tree.setdefault(section, {})[field] = value
 
 
 def validate(tree: dict[str, Any]) -> Config:
@@ -79,10 +88,15 @@ def validate(tree: dict[str, Any]) -> Config:
     Raises:
         UsageError: one line that names the first wrong setting, its value and what is allowed.
     """
+    return validate_as(Config, tree)
+
+
+def validate_as(kind: type[AnyConfig], tree: dict[str, Any]) -> AnyConfig:
+    """`validate` for another command's configuration."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UsageError(_one_line(error)) from None
+        raise UsageError(_one_line(error, kind)) from None
 
 
 def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
@@ -127,22 +141,32 @@ def _pretrain_parser() -> Parser:
         "--dry-run", action="store_true", help="check everything, print the plan, create nothing"
     )
     add_common_options(parser)
-    for section, part in Config.model_fields.items():
-        if isinstance(part.annotation, type) and issubclass(part.annotation, BaseModel):
-            group = parser.add_argument_group(section, part.annotation.__doc__)
-            for name, field in part.annotation.model_fields.items():
-                _add_option(group, section, name, field)
+    add_settings(parser, Config)
     return parser
 
 
-def _add_option(group: Any, section: str, name: str, field: FieldInfo) -> None:
-    is_tuple = get_origin(field.annotation) is tuple
-    default = " ".join(f"{value:g}" for value in field.default) if is_tuple else repr(field.default)
-    choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+def add_settings(parser: argparse.ArgumentParser, kind: type[BaseModel]) -> None:
+    """One option `--section.name` for every value in the parts of a configuration."""
+    for section, part in kind.model_fields.items():
+        if isinstance(part.annotation, type) and issubclass(part.annotation, BaseModel):
+            group = parser.add_argument_group(section, part.annotation.__doc__)
+            for name, field in part.annotation.model_fields.items():
+                add_option(group, f"{section}.{name}", field)
+
+
+def add_option(group: Any, name: str, field: FieldInfo) -> None:
+    """The option of one value; a tuple takes as many words as its default has, `tuple[X, ...]` one or more."""
+    is_tuple, arguments = get_origin(field.annotation) is tuple, get_args(field.annotation)
+    is_open = is_tuple and arguments[-1] is Ellipsis
+    default = repr(field.default)
+    if is_tuple:
+        default = " ".join(v if isinstance(v, str) else f"{v:g}" for v in field.default) or "none"
+    values = get_args(arguments[0]) if is_open else arguments
+    choices = [value for value in values if isinstance(value, str)]
     group.add_argument(
-        f"--{section}.{name.replace('_', '-')}",
-        dest=f"{section}.{name}",
-        nargs=len(field.default) if is_tuple else None,
+        f"--{name.replace('_', '-')}",
+        dest=name,
+        nargs="+" if is_open else len(field.default) if is_tuple else None,
         metavar="|".join(choices) if choices else ("V" if is_tuple else "VALUE"),
         default=argparse.SUPPRESS,
         help=f"{' '.join((field.description or '').split())} (default: {default})".replace("%", "%%"),
@@ -178,12 +202,12 @@ def _read_config(path: Path) -> Config:
     return validate(tree)
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     name = ".".join(path)
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}{suggest(path[-1], _siblings(path))}"
+        return f"unknown setting {name!r}{suggest(path[-1], _siblings(path, kind))}"
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
         return f"{name}.{reason}" if name else reason
@@ -193,10 +217,10 @@ def _one_line(error: ValidationError) -> str:
     return f"{name} {first['input']!r}: {message}"
 
 
-def _siblings(path: list[str]) -> list[str]:
+def _siblings(path: list[str], kind: type[BaseModel]) -> list[str]:
     if len(path) == 1:
-        return list(Config.model_fields)
-    section = Config.model_fields.get(path[0])
+        return list(kind.model_fields)
+    section = kind.model_fields.get(path[0])
     annotation = section.annotation if section else None
     return (
         list(annotation.model_fields)

@@ -20,10 +20,11 @@ LAYERS = [
     ["pictures"],
     ["feed", "recipes"],
     ["loader", "build", "cli"],
+    ["finetuning"],
     ["session", "plan_report", "progress"],
     ["summary"],
     ["runtime"],
-    ["pretrain", "replay", "__main__"],
+    ["pretrain", "finetune", "replay", "__main__"],
 ]
 # Siblings that must not know each other: they meet in Batch and in one integer.
 STRANGERS = ["data", "views", "model"]

@@ -50,7 +50,14 @@ class Predictor(nn.Module):
         self._initialize()
         self.conditioning = make_conditioning(config.conditioning, action_dim, config.width)
 
-    def forward(self, context: Tensor, context_idx: Tensor, target_idx: Tensor, action: Tensor) -> Tensor:
+    def forward(
+        self,
+        context: Tensor,
+        context_idx: Tensor,
+        target_idx: Tensor,
+        action: Tensor,
+        task_tokens: Tensor | None = None,
+    ) -> Tensor:
         """Predicts the target tokens at `target_idx`.
 
         Args:
@@ -58,6 +65,7 @@ class Predictor(nn.Module):
             context_idx: `[b c]` int64, their positions.
             target_idx: `[b t]` int64, positions to predict; both may be the full grid.
             action: `[b a]` float32, what leads from source to target.
+            task_tokens: `[b k w]`, in the predictor's width, stand before all others (multi-task finetuning).
 
         Returns:
             `[b t d]` predictions in the (layer-normed) space of the target tokens.
@@ -65,9 +73,8 @@ class Predictor(nn.Module):
         context = self.embed(context) + self.positions[context_idx]
         mask_tokens = self.conditioning.mask_tokens(self.mask_token + self.positions[target_idx], action)
         prefix, embedding = self.conditioning.prefix(action), self.conditioning.embedding(action)
-        tokens = torch.cat(
-            [context, mask_tokens] if prefix is None else [prefix, context, mask_tokens], dim=1
-        )
+        parts = (task_tokens, prefix, context, mask_tokens)
+        tokens = torch.cat([part for part in parts if part is not None], dim=1)
         for block in self.blocks[:-1]:
             tokens = block(tokens, tokens.shape[1], embedding)
         tokens = self.blocks[-1](tokens, target_idx.shape[1], embedding)

@@ -1,0 +1,157 @@
+"""`python -m iwm_ray.finetune RUN --data.path TRAIN --data.test-path TEST`: tunes a trained model for tasks.
+
+Predictor finetuning with its control, encoder finetuning, end-to-end; several data sets make it multi-task. The same
+command again runs what is not finished. Runs in this process.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from iwm_ray import cli
+from iwm_ray.errors import RunError
+from iwm_ray.finetuning.settings import FinetuneConfig
+from iwm_ray.progress import duration
+from iwm_ray.run_directory import write_json
+
+if TYPE_CHECKING:
+    from iwm_ray.finetuning.arms import Arm
+    from iwm_ray.finetuning.experiment import Experiment
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command and exits with its code."""
+    sys.exit(cli.run_command(_main, sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: Sequence[str]) -> None:
+    options = _parser().parse(arguments)
+    config = read_config(options)
+    from iwm_ray.finetuning.experiment import Experiment
+    from iwm_ray.trained import Trained
+
+    trained = Trained.open(options.run, options.checkpoint)
+    experiment = Experiment.open(trained, config, options.output)
+    if options.dry_run:
+        print("\n".join(plan_lines(experiment)))
+        return
+    finetune(experiment)
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m iwm_ray.finetune",
+        description="Tune a trained world model for one or several labelled data sets. Several data sets are given as "
+        "NAME=PATH words behind --data.path and, in the same order, behind --data.test-path.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of the pretraining")
+    parser.add_argument(
+        "--checkpoint", default="newest", metavar="WHICH", help="newest, best, or the step of a kept one"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the results; default RUN/finetune/<tasks>-<hash>",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, create nothing"
+    )
+    cli.add_common_options(parser)
+    group = parser.add_argument_group("finetuning", FinetuneConfig.__doc__)
+    for name, field in FinetuneConfig.model_fields.items():
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            cli.add_option(group, name, field)
+    cli.add_settings(parser, FinetuneConfig)
+    return parser
+
+
+def read_config(options: argparse.Namespace) -> FinetuneConfig:
+    """The configuration of the command line.
+
+    Raises:
+        UsageError: a value is wrong.
+    """
+    tree = {name: value for name, value in vars(options).items() if name in FinetuneConfig.model_fields}
+    cli.override(tree, options)
+    return cli.validate_as(FinetuneConfig, tree)
+
+
+def finetune(experiment: "Experiment") -> None:
+    """Runs all arms that are not finished, writes the summary and prints it."""
+    from iwm_ray.finetuning import summary
+
+    try:
+        experiment.start()
+    except OSError as error:
+        raise RunError(f"--output {experiment.folder}: {error.strerror}; choose another --output") from None
+    results = experiment.run(_Progress(experiment).say)
+    found = summary.summarise(results, experiment.tasks)
+    found = {"status": "finished", "step": experiment.trained.step} | found
+    write_json(experiment.folder / "summary.json", found)
+    print("\n".join(summary.lines(found)))
+    print(f"summary      {experiment.folder / 'summary.json'}")
+    for folder in sorted((experiment.folder / "adapters").glob("*/")):
+        print(f"adapter      {folder}")
+
+
+def plan_lines(experiment: "Experiment") -> list[str]:
+    """What `--dry-run` prints."""
+    config, trained, arms = experiment.config, experiment.trained, experiment.planned()
+    left = [arm for arm in arms if experiment.finished(arm) is None]
+    lines = [
+        f"plan of {experiment.folder}",
+        f"  model      {trained.path}, {config.encoder} encoder",
+        *(
+            f"  data       {task.name}: {len(task.train):,} training and {len(task.test):,} test images, "
+            f"{len(task.class_names)} classes; {experiment.num_steps((task.name,))[0]:,} steps"
+            for task in experiment.tasks.values()
+        ),
+        f"  arms       {len(arms)}, {len(arms) - len(left)} of them finished: {len(experiment.families)} networks x "
+        f"{len(config.seeds)} seeds"
+        + (f" + {len(config.lr_grid)} rates to choose from" if config.lr_grid else ""),
+        f"  images     {sum(experiment.num_images(arm) for arm in left):,} to train on",
+        f"  device     {experiment.device}",
+    ]
+    return lines
+
+
+class _Progress:
+    """Shows which arm runs, how far it is, and how long the rest will take."""
+
+    def __init__(self, experiment: "Experiment") -> None:
+        self._experiment = experiment
+        self._left = [arm for arm in experiment.planned() if experiment.finished(arm) is None]
+        self._total, self._images = len(self._left), sum(experiment.num_images(arm) for arm in self._left)
+        self._begin, self._shown_at, self._done = time.monotonic(), 0.0, 0
+        self._arm: Arm | None = None
+        self._number = 0
+
+    def say(self, arm: "Arm", step: int, num_steps: int, images: int, loss: float) -> None:
+        if arm != self._arm:
+            self._done += self._experiment.num_images(self._arm) if self._arm else 0
+            self._arm, self._number = arm, self._number + 1
+        now = time.monotonic()
+        if now - self._shown_at < _SECONDS_BETWEEN_LINES and step < num_steps:
+            return
+        self._shown_at = now
+        rate = (self._done + images) / (now - self._begin)
+        left = max(0, self._images - self._done - images) / rate
+        print(
+            f"{self._number}/{self._total} {arm.name} · step {step}/{num_steps} · loss {loss:.4f} · "
+            f"{rate:,.0f} images/s · {duration(left)} left",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

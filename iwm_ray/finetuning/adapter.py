@@ -1,0 +1,176 @@
+"""Adapters: what has been tuned, in small files that name the encoder they belong to.
+
+A folder with adapter.safetensors (predictor, task tokens, heads; the encoder too where it was tuned) and
+adapter.json. Many adapters fit one encoder, which is stored once, in its run.
+"""
+
+import json
+import os
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from iwm_ray.errors import RunError, UsageError
+from iwm_ray.evaluation.features import measuring, model_device
+from iwm_ray.finetuning.model import (
+    Asking,
+    Tuned,
+    make_head,
+    predictor_of_shape,
+    predictor_shape,
+    weights_hash,
+)
+from iwm_ray.finetuning.settings import FinetuneConfig
+from iwm_ray.model.encoder import Encoder
+from iwm_ray.run_directory import write_json
+from iwm_ray.trained import Trained
+
+_FORMAT = 1
+_TENSORS, _FACTS = "adapter.safetensors", "adapter.json"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A task's classes for images."""
+
+    tuned: Tuned
+    task: str
+    class_names: tuple[str, ...]
+    asking: Asking
+
+    def predict(self, images: Tensor) -> Tensor:
+        """`[b 3 s s]` uint8 RGB of the encoder's size -> `[b c]` float32 probabilities, on the model's device.
+
+        Raises:
+            UsageError: other sizes or types of images.
+        """
+        encoder, device = self.tuned.encoder, model_device(self.tuned)
+        side = encoder.grid[0] * encoder.patch_size
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise UsageError(
+                f"images {images.dtype} {list(images.shape)}: needs uint8 [b 3 {side} {side}]; resize them"
+            )
+        with measuring(self.tuned):
+            query = self.asking.query(len(images), 0, 0, device)
+            return self.tuned(images.to(device), self.task, query).float().softmax(1)
+
+
+def save(
+    folder: Path,
+    tuned: Tuned,
+    trained: Trained,
+    config: FinetuneConfig,
+    class_names: dict[str, tuple[str, ...]],
+    encoder_hash: str,
+) -> None:
+    """Writes an adapter; its JSON comes last, so that a folder with it is whole.
+
+    Args:
+        folder: is made.
+        tuned: the network.
+        trained: the run and checkpoint of its encoder.
+        config: the finetuning.
+        class_names: of each task.
+        encoder_hash: `weights_hash` of the encoder as the run has it, before any tuning.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in tuned.state_dict().items()
+        if not (tuned.is_frozen and name.startswith("encoder."))
+    }
+    partial = folder / f".{_TENSORS}.{os.getpid()}"
+    save_file(tensors, partial)
+    partial.replace(folder / _TENSORS)
+    facts = {
+        "format": _FORMAT,
+        "encoder_hash": encoder_hash,
+        "encoder": config.encoder,
+        "has_encoder": not tuned.is_frozen,
+        "run": os.path.relpath(trained.run.path, folder),
+        "checkpoint": trained.path.name,
+        "predictor": predictor_shape(trained) if tuned.predictor is not None else None,
+        "head": config.head,
+        "action": config.action,
+        "target_fraction": config.target_fraction,
+        "tasks": {name: list(names) for name, names in class_names.items()},
+        "task_tokens": sorted(tuned.task_tokens),
+    }
+    write_json(folder / _FACTS, facts)
+
+
+def attach(folder: Path, encoder: Encoder) -> Tuned:
+    """The tuned network on its encoder, which other adapters may share; an adapter that has tuned it makes a copy.
+
+    Raises:
+        UsageError: no adapter there, or one of another encoder.
+        RunError: its files are damaged.
+    """
+    facts = _read_facts(folder)
+    found = weights_hash(encoder)
+    if found != facts["encoder_hash"]:
+        raise UsageError(
+            f"adapter {folder}: belongs to the encoder {facts['encoder_hash']}, this one is {found}; give its own run"
+        )
+    try:
+        tensors = load_file(folder / _TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"adapter {folder}: {_TENSORS} cannot be read ({error}); finetune again") from None
+    predictor = None
+    if facts["predictor"] is not None:
+        predictor = predictor_of_shape(facts["predictor"], encoder)
+    heads = {name: make_head(facts["head"], encoder, len(names)) for name, names in facts["tasks"].items()}
+    tokens = {name: nn.Parameter(tensors[f"task_tokens.{name}"]) for name in facts["task_tokens"]}
+    is_frozen = not facts["has_encoder"]
+    own = encoder if is_frozen else deepcopy(encoder)
+    tuned = Tuned(own, predictor, nn.ModuleDict(heads), nn.ParameterDict(tokens), is_frozen)
+    missing, unexpected = tuned.load_state_dict(tensors, strict=False)
+    strange = [name for name in missing if not (is_frozen and name.startswith("encoder."))] + unexpected
+    if strange:
+        raise RunError(
+            f"adapter {folder}: {strange[0]} (+{len(strange) - 1} more) does not fit; finetune again"
+        )
+    return tuned.to(model_device(encoder)).eval()
+
+
+def load(folder: Path, task: str = "", run: Path | None = None) -> Classifier:
+    """See `iwm_ray.load`."""
+    facts = _read_facts(folder)
+    if (not task and len(facts["tasks"]) > 1) or (task and task not in facts["tasks"]):
+        raise UsageError(
+            f"task {task!r}: the adapter {folder} has {', '.join(facts['tasks'])}; choose one of them"
+        )
+    task = task or next(iter(facts["tasks"]))
+    run = run or Path(os.path.normpath(folder.absolute() / facts["run"]))
+    trained = Trained.open(run / "checkpoints" / facts["checkpoint"] if run.is_dir() else run)
+    model = trained.load()
+    encoder = model.target_encoder if facts["encoder"] == "target" else model.encoder
+    asking = Asking(
+        trained.policy,
+        encoder.grid[0] * encoder.grid[1],
+        facts["action"] == "random",
+        facts["target_fraction"],
+    )
+    return Classifier(attach(folder, encoder), task, tuple(facts["tasks"][task]), asking)
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / _FACTS).read_text())
+    except OSError:
+        raise UsageError(
+            f"adapter {folder}: no {_FACTS} there; give a folder RUN/finetune/NAME/adapters/ARM"
+        ) from None
+    except ValueError as error:
+        raise RunError(f"adapter {folder}: {_FACTS} is damaged ({error}); finetune again") from None
+    if facts.get("format") != _FORMAT:
+        raise UsageError(
+            f"adapter {folder}: format {facts.get('format')}, this version reads {_FORMAT}; update iwm_ray"
+        )
+    return facts

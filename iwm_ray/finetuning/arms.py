@@ -1,0 +1,121 @@
+"""The arms of a finetuning: one training each, with its result in a file, so that a finished one is not run again."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_ray.errors import RunError
+from iwm_ray.finetuning.model import Start
+from iwm_ray.finetuning.settings import FinetuneConfig, Tune
+from iwm_ray.run_directory import write_json
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training: what is tuned from where, for which tasks."""
+
+    tune: Tune
+    start: Start
+    """of the predictor"""
+    tasks: tuple[str, ...]
+    seed: int
+    lr: float
+    is_choice: bool = False
+    """whether it trains without the held-out images and is judged on them: it only helps to choose a rate"""
+
+    @property
+    def name(self) -> str:
+        """Names its files."""
+        words = [self.tune, self.start, "+".join(self.tasks), f"lr{self.lr:g}", f"seed{self.seed}"]
+        return "-".join(words + ["choice"] * self.is_choice)
+
+    @property
+    def family(self) -> "Family":
+        """What its repetitions with other seeds share."""
+        return Family(self.tune, self.start, self.tasks)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Arms that differ in seed and learning rate only."""
+
+    tune: Tune
+    start: Start
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What an arm gave."""
+
+    correct: dict[str, str]
+    """task -> a `1` for each test image that was classified rightly, else `0`, in the order of the test split"""
+    steps: int
+    num_images: int
+    loss: float
+    trained_parameters: int
+    images_per_second: float
+    """of training; where tokens are cached, without the encoder's one pass"""
+    peak_memory: int
+    """bytes, see Fitted"""
+    inputs: str
+    """tokens or images"""
+    encoder_hash: str
+    """weights of the encoder after the training"""
+    head_hash: str
+    """weights of the heads before it"""
+
+    def rights(self, task: str) -> NDArray[np.float64]:
+        """`[k]` 1 for right, 0 for wrong."""
+        return np.array([float(letter) for letter in self.correct[task]])
+
+
+def families(config: FinetuneConfig, tasks: tuple[str, ...]) -> Iterator[Family]:
+    """All families: every part to tune with its control, for all tasks together and for each alone."""
+    groups = [tasks] if len(tasks) == 1 or not config.single_tasks else [tasks, *((task,) for task in tasks)]
+    for tune in config.tune:
+        starts: tuple[Start, ...] = ("none",) if tune == "encoder" else ("pretrained", "random")
+        for group in groups:
+            for start in starts:
+                yield Family(tune, start, group)
+
+
+def choices(config: FinetuneConfig, family: Family) -> list[Arm]:
+    """The arms among whose learning rates the held-out images choose; none where there is no choice."""
+    grid = config.lr_grid if len(config.lr_grid) > 1 else ()
+    return [Arm(family.tune, family.start, family.tasks, config.seeds[0], lr, True) for lr in grid]
+
+
+def finals(config: FinetuneConfig, family: Family, lr: float) -> list[Arm]:
+    """The arms that are judged on the test set."""
+    return [Arm(family.tune, family.start, family.tasks, seed, lr) for seed in config.seeds]
+
+
+def default_lr(config: FinetuneConfig) -> float:
+    """The rate where nothing is to be chosen."""
+    return config.lr_grid[0] if len(config.lr_grid) == 1 else config.lr
+
+
+def read_result(folder: Path, arm: Arm) -> ArmResult | None:
+    """The result of a finished arm.
+
+    Raises:
+        RunError: its file is damaged.
+    """
+    path = folder / f"{arm.name}.json"
+    if not path.exists():
+        return None
+    try:
+        return ArmResult(**json.loads(path.read_text())["result"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: damaged ({error}); remove it, and the arm is run again") from None
+
+
+def write_result(folder: Path, arm: Arm, result: ArmResult) -> None:
+    """Marks an arm as finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{arm.name}.json", {"arm": asdict(arm), "result": asdict(result)})

@@ -1,0 +1,349 @@
+"""Labelled images of one or several tasks: as cached tokens of a frozen encoder, or as images read at every step."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from iwm_ray.config import Config
+from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
+from iwm_ray.data.index import Index
+from iwm_ray.data.plan import Plan, permute
+from iwm_ray.data.read import Reader
+from iwm_ray.errors import RunError, UsageError
+from iwm_ray.evaluation.features import Features, measuring, model_device
+from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
+from iwm_ray.randomness import integers, uniforms
+from iwm_ray.views.resize import clean_view
+
+_READ_AT_ONCE = 256
+_CHOICE_EPOCH = 2**31 - 2
+"""names the permutation from which images are chosen: none that training reaches"""
+
+
+class Drawn(NamedTuple):
+    """Some rows; unreadable images are left out."""
+
+    inputs: Tensor
+    """`[b n d]` float32 tokens, or `[b 3 s s]` uint8 images"""
+    labels: Tensor
+    """`[b]` int64"""
+    samples: NDArray[np.int64]
+    """`[b]` sample numbers in the index"""
+
+
+class Rows(Protocol):
+    """The images of one split of a task, in some form."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int) -> Drawn:
+        """`[b]` places in the split and passes over it -> these rows, augmented by draws of that seed."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Images that are read, decoded and augmented when they are asked for."""
+
+    index: Index
+    samples: NDArray[np.int64]
+    """`[k]` sample numbers in the index"""
+    labels: NDArray[np.int64]
+    """`[k]` classes of the task, 0 and more"""
+    size: int
+    """side of the images, pixels"""
+    limits: DecodeLimits
+    augment: AugmentConfig | None = None
+    """None: the full, untransformed image (its middle square, resized)"""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def rows(self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int) -> Drawn:
+        images, kept = [], []
+        samples = self.samples[places]
+        for i, data in enumerate(self._reader.read_many(samples)):
+            with suppress(Undecodable):
+                if isinstance(data, Undecodable):
+                    raise data
+                image = decode(data, self.limits)
+                images.append(self._transform(image, _draws(seed, epochs[i : i + 1], samples[i : i + 1])[0]))
+                kept.append(i)
+        if not images:
+            raise RunError(
+                f"not one of {len(places)} images in turn could be decoded: {self.index.path(0)}, ..."
+            )
+        return Drawn(torch.stack(images), torch.from_numpy(self.labels[places[kept]]), samples[kept])
+
+    def part(self, start: int, stop: int) -> "ImageRows":
+        """Rows `start` to `stop` - 1 alone."""
+        return replace(self, samples=self.samples[start:stop], labels=self.labels[start:stop])
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return Reader(self.index)
+
+    def _transform(self, image: NDArray[np.uint8], draws: NDArray[np.float64]) -> Tensor:
+        """`[h w 3]` and the image's `[2]` draws -> `[3 s s]` uint8."""
+        augment = self.augment
+        if augment is None:
+            return _channels_first(clean_view(image, self.size))
+        from torchvision.transforms import v2  # seconds to load, and only augmentation needs it
+
+        steps: list[nn.Module] = []
+        if augment.crop_area < 1:
+            steps.append(v2.RandomResizedCrop(self.size, scale=(augment.crop_area, 1.0), antialias=True))
+        else:
+            image = clean_view(image, self.size)
+        if augment.randaugment:
+            steps.append(v2.RandAugment(num_ops=2, magnitude=augment.randaugment))
+        pixels = _channels_first(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(draws[0] * 2**53))
+            for step in steps:
+                pixels = step(pixels)
+        return pixels.flip(2) if draws[1] < augment.flip_probability else pixels
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Tokens of a frozen encoder, computed once; with flips, those of the mirrored images too."""
+
+    plain: Features
+    flipped: Features | None = None
+    flip_probability: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.plain.labels)
+
+    def rows(self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int) -> Drawn:
+        tokens, samples = self.plain.values[places], self.plain.samples[places]
+        if self.flipped is not None:
+            turned = _draws(seed, epochs, samples)[:, 1] < self.flip_probability
+            tokens[turned] = self.flipped.values[places[turned]]
+        return Drawn(torch.from_numpy(tokens), torch.from_numpy(self.plain.labels[places]), samples)
+
+
+def _draws(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`[b 2]` numbers in [0, 1) for the augmentation of each image in its epoch."""
+    drawn = np.empty((len(samples), 2))
+    for epoch in np.unique(epochs):
+        drawn[epochs == epoch] = uniforms(seed, int(epoch), samples[epochs == epoch], "finetune", 2)
+    return drawn
+
+
+def _channels_first(image: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set to tune for."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: ImageRows
+    """in a fixed random order, so that its last part can be held out"""
+    test: ImageRows
+
+    def num_held_out(self, share: float) -> int:
+        """Training images on which learning rates are judged."""
+        return min(max(1, round(share * len(self.train))), len(self.train) - 1)
+
+
+def open_tasks(config: FinetuneConfig, run: Config, cache: Path) -> list[Task]:
+    """Opens every data set.
+
+    Args:
+        config: the finetuning.
+        run: the configuration of the pretraining: size of the images, limits of decoding.
+        cache: folder of the data indices.
+
+    Raises:
+        UsageError: no data, names that don't fit together, no labels.
+    """
+    train, test = (
+        named_paths("data.path", config.data.path),
+        named_paths("data.test_path", config.data.test_path),
+    )
+    if not train or not test:
+        missing = "--data.path" if not train else "--data.test-path"
+        raise UsageError(f"{missing} is missing: give the labelled images to train and to test on")
+    if len(train) != len(test) or (list(train) != list(test) and len(train) > 1):
+        raise UsageError(
+            f"--data.test-path names {' '.join(test)}, --data.path {' '.join(train)}; give NAME=PATH for both, in the "
+            "same order"
+        )
+    pairs = zip(train.items(), test.values(), strict=True)
+    return [_open_task(config, run, cache, name, path, test_path) for (name, path), test_path in pairs]
+
+
+def named_paths(setting: str, words: Sequence[str]) -> dict[str, str]:
+    """`NAME=PATH` or `PATH` words -> name -> path; without NAME, the data set is called after its file or folder.
+
+    Raises:
+        UsageError: two of the same name.
+    """
+    paths: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or not name.replace("_", "").replace("-", "").isalnum():
+            name, path = _name_of(word), word
+        if name in paths:
+            raise UsageError(
+                f"--{setting.replace('_', '-')}: two data sets are called {name!r}; give NAME=PATH"
+            )
+        paths[name] = path
+    return paths
+
+
+def _name_of(path: str) -> str:
+    parts = [part for part in path.replace(":", "/").split("/") if part]
+    stem = parts[-1].partition(".")[0] if parts else ""
+    if stem in ("train", "test", "val", "validation") and len(parts) > 1:
+        stem = parts[-2]
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in stem) or "data"
+
+
+def _open_task(
+    config: FinetuneConfig, run: Config, cache: Path, name: str, path: str, test_path: str
+) -> Task:
+    columns = {"image_column": config.data.image_column, "label_column": config.data.label_column}
+    data = run.data.model_copy(update={"path": path, "test_path": test_path, **columns})
+    train, test = (Index.open(data, where, cache) for where in (path, test_path))
+    if not train.class_names:
+        raise UsageError(f"--data.path {path}: the images have no labels; finetuning needs classes")
+    limits = DecodeLimits.from_config(data)
+
+    def rows(index: Index, count: int) -> ImageRows:
+        labels = index.labels_in(train.class_names).astype(np.int64)
+        order = permute(0, _CHOICE_EPOCH, np.arange(len(index)), len(index))
+        chosen = order[labels[order] >= 0]
+        chosen = chosen[: count or len(chosen)]
+        return ImageRows(index, chosen, labels[chosen], run.views.image_size, limits)
+
+    task = Task(name, train.class_names, rows(train, config.data.num_train), rows(test, config.data.num_test))
+    if len(task.train) < 2 or not len(task.test):
+        raise UsageError(
+            f"--data.test-path {test_path}: {len(task.test)} images of a class of {path}, which has {len(task.train)} "
+            "labelled images; give sets with the same class names"
+        )
+    return task
+
+
+def encode(rows: ImageRows, encoder: nn.Module, name: str, batch_size: int = _READ_AT_ONCE) -> Features:
+    """Tokens of a frozen encoder for every readable image, in the order of the rows.
+
+    Args:
+        rows: whole images; `augment` may ask for a flip alone.
+        encoder: `[b 3 s s]` uint8 -> `[b n d]`; used as it is, on its device.
+        name: names encoder, images and transform.
+        batch_size: images in one forward pass.
+    """
+    values, labels, samples = [], [], []
+    device = model_device(encoder)
+    with measuring(encoder):
+        for places in _in_parts(len(rows), batch_size):
+            drawn = rows.rows(places, np.zeros_like(places), 0)
+            values.append(encoder(drawn.inputs.to(device)).float().cpu().numpy())
+            labels.append(drawn.labels.numpy())
+            samples.append(drawn.samples)
+    return Features(np.concatenate(values), np.concatenate(labels), np.concatenate(samples), (), name)
+
+
+def in_order(rows: Rows, batch_size: int) -> Iterator[Drawn]:
+    """Every row once, for measuring."""
+    for places in _in_parts(len(rows), batch_size):
+        yield rows.rows(places, np.zeros_like(places), 0)
+
+
+def _in_parts(count: int, size: int) -> Iterator[NDArray[np.int64]]:
+    for first in range(0, count, size):
+        yield np.arange(first, min(first + size, count))
+
+
+class Step(NamedTuple):
+    """The batch of one optimizer step: images of one task."""
+
+    task: int
+    inputs: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Steps(Dataset[Step]):
+    """The batch of step k under the index k: a function of the seed, so that two arms see the same data."""
+
+    tasks: tuple[Rows, ...]
+    schedule: NDArray[np.int64]
+    """`[k]` the task of each step"""
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.schedule)
+
+    def __getitem__(self, step: int) -> Step:
+        task = int(self.schedule[step])
+        rows, nth = self.tasks[task], int((self.schedule[:step] == task).sum())
+        size = min(self.batch_size, len(rows))
+        plan = Plan(self.seed, len(rows), size)
+        counters = np.arange(nth * size, (nth + 1) * size)
+        epochs, _ = plan.locate(counters)
+        drawn = rows.rows(plan.samples(counters), epochs, self.seed)
+        return Step(task, drawn.inputs, drawn.labels)
+
+    def batches(self, num_processes: int) -> Iterator[Step]:
+        """All steps in order; images are read by that many processes, or by this one for 0."""
+        if not num_processes:
+            return (self[step] for step in range(len(self)))
+        return iter(
+            DataLoader(
+                self,
+                sampler=range(len(self)),
+                batch_size=None,
+                num_workers=num_processes,
+                multiprocessing_context="spawn",
+            )
+        )
+
+
+def alternate(num_steps: Sequence[int]) -> NDArray[np.int64]:
+    """The task of each step: every task has its number of steps, spread evenly over the whole.
+
+    Args:
+        num_steps: steps of each task.
+    """
+    places = np.concatenate([(np.arange(count) + 0.5) / count for count in num_steps if count])
+    tasks = np.concatenate([np.full(count, task) for task, count in enumerate(num_steps)])
+    return tasks[np.lexsort((tasks, places))]
+
+
+def mixed(
+    images: Tensor, labels: Tensor, num_classes: int, augment: AugmentConfig, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Mixup or cutmix of a batch.
+
+    Returns:
+        `[b 3 s s]` float in 0..1 and `[b c]` shares of the classes; the images and labels as they are where neither
+        is asked for.
+    """
+    if not (augment.mixup or augment.cutmix):
+        return images, labels
+    from torchvision.transforms import v2
+
+    ways = [(v2.MixUp, augment.mixup), (v2.CutMix, augment.cutmix)]
+    choices = [way(alpha=alpha, num_classes=num_classes) for way, alpha in ways if alpha]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(integers(seed, step, "mix", 1)[0] >> np.uint64(11)))
+        way = choices[int(torch.randint(len(choices), ()))]
+        return way(images / 255, labels)

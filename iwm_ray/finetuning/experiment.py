@@ -1,0 +1,280 @@
+"""All arms of a finetuning, one after the other, and what they share: data, cached tokens, the trained model."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iwm_ray.build import cache_folder
+from iwm_ray.config import RuntimeConfig
+from iwm_ray.errors import UsageError
+from iwm_ray.evaluation.features import Features
+from iwm_ray.finetuning import adapter
+from iwm_ray.finetuning.arms import (
+    Arm,
+    ArmResult,
+    Family,
+    choices,
+    default_lr,
+    families,
+    finals,
+    read_result,
+    write_result,
+)
+from iwm_ray.finetuning.data import ImageRows, Rows, Steps, Task, TokenRows, alternate, encode, open_tasks
+from iwm_ray.finetuning.fit import fit, measure
+from iwm_ray.finetuning.model import Asking, Tuned, assemble, seeded, weights_hash
+from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
+from iwm_ray.model.iwm import IWM
+from iwm_ray.run_directory import write_json
+from iwm_ray.trained import Trained
+from iwm_ray.training.loop import autocast
+
+Extract = Callable[[ImageRows, torch.nn.Module, str], Features]
+"""rows, a frozen encoder, the name of the result -> its tokens"""
+Say = Callable[[Arm, int, int, int, float], None]
+"""arm, steps done, steps of the arm, images done, loss"""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A finetuning, resolved."""
+
+    trained: Trained
+    config: FinetuneConfig
+    tasks: dict[str, Task]
+    folder: Path
+    """RUN/finetune/NAME"""
+    device: torch.device
+    extract: Extract = encode
+    """how cached tokens are made: here, in this process"""
+    _tokens: dict[str, Features] = field(default_factory=dict)
+    """what has been extracted so far"""
+
+    @classmethod
+    def open(cls, trained: Trained, config: FinetuneConfig, output: Path | None) -> "Experiment":
+        """Opens the data and checks what can be checked before anything is trained.
+
+        Raises:
+            UsageError: data or settings that don't fit.
+        """
+        cache = (
+            Path(config.runtime.cache).expanduser() if config.runtime.cache else cache_folder(trained.config)
+        )
+        tasks = {task.name: task for task in open_tasks(config, trained.config, cache.absolute())}
+        if config.runtime.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("runtime.device cuda: torch sees no GPU here; use auto or cpu")
+        kind = config.runtime.device
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = output or trained.run.path / "finetune" / _name(trained, config, tasks)
+        experiment = cls(trained, config, tasks, folder.absolute(), torch.device(kind))
+        experiment._refuse_other()
+        return experiment
+
+    def start(self) -> None:
+        """Makes the folder and records the configuration there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {"name": _name(self.trained, self.config, self.tasks)} | self.config.model_dump(mode="json")
+        write_json(self.folder / "config.json", record)
+
+    def _refuse_other(self) -> None:
+        """Raises UsageError where the folder holds the arms of another finetuning."""
+        path, name = self.folder / "config.json", _name(self.trained, self.config, self.tasks)
+        if path.exists() and json.loads(path.read_text()).get("name") != name:
+            raise UsageError(
+                f"--output {self.folder}: holds a finetuning with another checkpoint, data or settings; choose another "
+                "--output"
+            )
+
+    @property
+    def families(self) -> list[Family]:
+        return list(families(self.config, tuple(self.tasks)))
+
+    def num_steps(self, tasks: tuple[str, ...]) -> list[int]:
+        """Optimizer steps of each of these tasks: the same in company and alone."""
+        config, own = self.config, []
+        for task in self.tasks.values():
+            size = min(config.batch_size, len(task.train))
+            own.append(config.steps or max(1, round(config.epochs * (len(task.train) // size))))
+        if config.data.weights:
+            shares = np.array(config.data.weights) / sum(config.data.weights)
+            own = [max(1, round(share * sum(own))) for share in shares]
+        by_name = dict(zip(self.tasks, own, strict=True))
+        return [by_name[name] for name in tasks]
+
+    def num_images(self, arm: Arm) -> int:
+        """Images that an arm trains on, counted as often as they are seen."""
+        sizes = [min(self.config.batch_size, len(self.tasks[name].train)) for name in arm.tasks]
+        return sum(steps * size for steps, size in zip(self.num_steps(arm.tasks), sizes, strict=True))
+
+    def planned(self) -> list[Arm]:
+        """Every arm that a fresh run trains; rates that are still to be chosen stand as the first of the grid."""
+        arms: list[Arm] = []
+        for family in self.families:
+            arms += choices(self.config, family)
+            arms += finals(self.config, family, default_lr(self.config))
+        return arms
+
+    def run(self, say: Say) -> dict[Arm, ArmResult]:
+        """Trains and measures all arms that are not finished; gives the results of those judged on the test set."""
+        model = self.trained.load()
+        results: dict[Arm, ArmResult] = {}
+        for family in self.families:
+            lr = self._choose(model, family, say)
+            for arm in finals(self.config, family, lr):
+                results[arm] = self.finished(arm) or self._run_arm(model, arm, say)
+        return results
+
+    def finished(self, arm: Arm) -> ArmResult | None:
+        """An arm's result, if it has been run."""
+        return read_result(self.folder / "arms", arm)
+
+    def _choose(self, model: IWM, family: Family, say: Say) -> float:
+        """The rate with the best accuracy on held-out training images; the first of equals."""
+        candidates = choices(self.config, family)
+        if not candidates:
+            return default_lr(self.config)
+        scores = []
+        for arm in candidates:
+            result = self.finished(arm) or self._run_arm(model, arm, say)
+            scores.append(float(np.mean([result.rights(task).mean() for task in arm.tasks])))
+        return candidates[int(np.argmax(scores))].lr
+
+    def _run_arm(self, model: IWM, arm: Arm, say: Say) -> ArmResult:
+        config, names = self.config, arm.tasks
+        tuned = assemble(
+            self.trained,
+            model,
+            config,
+            arm.tune,
+            arm.start,
+            {name: len(self.tasks[name].class_names) for name in names},
+            arm.seed,
+        )
+        before, head_hash = weights_hash(tuned.encoder), weights_hash(tuned.heads)
+        tuned.to(self.device)
+        cached = arm.tune == "predictor" and self._keeps_tokens()
+        train, judged = self._splits(tuned, arm, cached)
+        schedule = alternate(self.num_steps(names))
+        steps = Steps(tuple(train), schedule, config.batch_size, arm.seed)
+        with seeded(arm.seed, "fit", 0):  # drop path draws
+            fitted = fit(
+                tuned,
+                names,
+                steps.batches(0 if cached else config.runtime.data_workers),
+                len(schedule),
+                config,
+                arm.start,
+                arm.lr,
+                self._asking(tuned),
+                arm.seed,
+                lambda done, images, loss: say(arm, done, len(schedule), images, loss),
+                self._cast,
+            )
+        correct = {
+            name: measure(tuned, name, rows, self._asking(tuned), 2 * config.batch_size, self._cast)
+            for name, rows in zip(names, judged, strict=True)
+        }
+        result = ArmResult(
+            correct={name: "".join("01"[int(right)] for right in rights) for name, rights in correct.items()},
+            steps=len(schedule),
+            num_images=fitted.num_images,
+            loss=fitted.loss,
+            trained_parameters=tuned.num_trained,
+            images_per_second=fitted.num_images / fitted.seconds,
+            peak_memory=fitted.peak_memory,
+            inputs="tokens" if cached else "images",
+            encoder_hash=weights_hash(tuned.encoder),
+            head_hash=head_hash,
+        )
+        if arm.start != "random" and not arm.is_choice and arm.seed == config.seeds[0]:
+            class_names = {name: self.tasks[name].class_names for name in names}
+            adapter.save(self.adapter(arm), tuned, self.trained, config, class_names, before)
+        write_result(self.folder / "arms", arm, result)
+        return result
+
+    def adapter(self, arm: Arm) -> Path:
+        """Where the arm's adapter is kept: of the first seed, and of no control."""
+        return self.folder / "adapters" / arm.name
+
+    def _splits(self, tuned: Tuned, arm: Arm, cached: bool) -> tuple[list[Rows], list[Rows]]:
+        """What the arm trains on and what it is judged on, for each of its tasks."""
+        train: list[Rows] = []
+        judged: list[Rows] = []
+        for name in arm.tasks:
+            task, count = self.tasks[name], len(self.tasks[name].train)
+            kept = count - task.num_held_out(self.config.data.held_out) if arm.is_choice else count
+            training = task.train.part(0, kept)
+            measured = task.train.part(kept, count) if arm.is_choice else task.test
+            if cached:
+                train.append(self._cached(tuned, task.train, training, self.config.augment.flip_probability))
+                judged.append(self._cached(tuned, task.train if arm.is_choice else task.test, measured, 0.0))
+            else:
+                train.append(replace(training, augment=self.config.augment))
+                judged.append(measured)
+        return train, judged
+
+    def _keeps_tokens(self) -> bool:
+        """Whether all tokens fit into the memory meant for them."""
+        run, config = self.trained.config, self.config
+        if not config.augment.keeps_tokens:
+            return False
+        copies = 2 if config.augment.flip_probability else 1
+        images = sum(copies * len(task.train) + len(task.test) for task in self.tasks.values())
+        with torch.device("meta"):
+            width = self.trained.untrained().encoder.width
+        num_bytes = images * run.grid[0] * run.grid[1] * width * 4
+        return num_bytes <= config.runtime.token_gigabytes * 1e9
+
+    def _cached(self, tuned: Tuned, whole: ImageRows, part: ImageRows, flip_probability: float) -> TokenRows:
+        """Tokens of some rows of a split whose tokens are extracted whole, once."""
+        plain = _select(self._features(tuned, whole), part)
+        if not flip_probability:
+            return TokenRows(plain)
+        mirrored = replace(whole, augment=AugmentConfig(flip_probability=1.0))
+        return TokenRows(plain, _select(self._features(tuned, mirrored), part), flip_probability)
+
+    def _features(self, tuned: Tuned, rows: ImageRows) -> Features:
+        transform = "flipped" if rows.augment else "plain"
+        name = f"{self.trained.hash} {self.config.encoder} {rows.index.hash} {len(rows)} {transform}"
+        if name not in self._tokens:
+            with self._cast():
+                self._tokens[name] = self.extract(rows, tuned.encoder, name)
+        return self._tokens[name]
+
+    def _asking(self, tuned: Tuned) -> Asking:
+        rows, columns = tuned.encoder.grid
+        config = self.config
+        return Asking(self.trained.policy, rows * columns, config.action == "random", config.target_fraction)
+
+    def _cast(self) -> AbstractContextManager:
+        return autocast(RuntimeConfig(precision=self.config.runtime.precision), self.device)
+
+
+def by_family(results: dict[Arm, ArmResult]) -> Iterator[tuple[Family, list[ArmResult]]]:
+    """Results of the same family, in the order of their seeds."""
+    for family in dict.fromkeys(arm.family for arm in results):
+        yield family, [result for arm, result in results.items() if arm.family == family]
+
+
+def _select(features: Features, rows: ImageRows) -> Features:
+    chosen = np.isin(features.samples, rows.samples)
+    if chosen.all():
+        return features
+    return replace(
+        features,
+        values=features.values[chosen],
+        labels=features.labels[chosen],
+        samples=features.samples[chosen],
+    )
+
+
+def _name(trained: Trained, config: FinetuneConfig, tasks: dict[str, Task]) -> str:
+    """Names the finetuning by what decides its results."""
+    hashes = [part.index.hash for task in tasks.values() for part in (task.train, task.test)]
+    return "+".join(tasks) + "-" + config.hash(trained.hash, *tasks, *hashes)

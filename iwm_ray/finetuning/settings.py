@@ -1,0 +1,147 @@
+"""The configuration of a finetuning: one tree of frozen parts, as config.py is for pretraining."""
+
+import hashlib
+import json
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from iwm_ray.config import Fraction, Positive, _Part
+
+Tune = Literal["predictor", "encoder", "both"]
+
+
+class FinetuneDataConfig(_Part):
+    """Which labelled images are read; several data sets make a multi-task finetuning."""
+
+    path: tuple[str, ...] = ()
+    """training sets: PATH, or NAME=PATH where there are several; kinds as in pretraining"""
+    test_path: tuple[str, ...] = ()
+    """test sets in the same order, under the same names; read once, at the end of every arm"""
+    image_column: str = "image"
+    """Parquet column with the encoded bytes"""
+    label_column: str = "label"
+    """Parquet column with integer or string labels"""
+    num_train: NonNegativeInt = 0
+    """images of each training set, a fixed random choice; 0: all"""
+    num_test: NonNegativeInt = 0
+    """images of each test set, a fixed random choice; 0: all"""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """share of the training images on which a learning rate of `lr_grid` is chosen"""
+    weights: tuple[Positive, ...] = ()
+    """share of the batches that each data set gets, in their order; empty: by number of images"""
+
+
+class AugmentConfig(_Part):
+    """What is done to training images; all of it but the flip needs images, not cached tokens, at every step."""
+
+    flip_probability: Fraction = 0.0
+    """horizontal flip"""
+    crop_area: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """smallest area of a random resized crop, fraction of the image; 1: no crop"""
+    randaugment: Annotated[int, Field(ge=0, le=30)] = 0
+    """magnitude of RandAugment's two operations (torchvision, of 31 bins); 0: none"""
+    mixup: NonNegativeFloat = 0.0
+    """alpha of mixup; 0: none"""
+    cutmix: NonNegativeFloat = 0.0
+    """alpha of cutmix; 0: none; with both, each batch draws one of them"""
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the tokens of a frozen encoder can be computed once."""
+        return self.crop_area == 1 and not (self.randaugment or self.mixup or self.cutmix)
+
+
+class FinetuneRuntimeConfig(_Part):
+    """Where and how fast: nothing here changes results beyond floating-point rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on GPUs, fp32 on CPUs"""
+    data_workers: NonNegativeInt = 0
+    """processes that decode and augment images; 0: this process does"""
+    token_gigabytes: NonNegativeFloat = 4.0
+    """memory for the tokens of frozen encoders; what would need more is encoded anew at every step"""
+    cache: str = ""
+    """folder of the data indices; empty: that of the run"""
+
+
+class FinetuneConfig(_Part):
+    """A finetuning of one trained model."""
+
+    tune: tuple[Tune, ...] = ("predictor",)
+    """what is trained besides the head; several are run one after the other and compared"""
+    head: Literal["attentive", "linear"] = "attentive"
+    """from tokens to classes"""
+    encoder: Literal["target", "context"] = "target"
+    """which encoder reads the images: the paper's teacher or student"""
+    action: Literal["null", "random"] = "null"
+    """what the predictor is told: the zero action, or one of pretraining, drawn for every image"""
+    target_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """share of the positions that the predictor predicts; below 1: a random subset for every image"""
+    epochs: Positive = 20
+    """passes over each training set"""
+    steps: NonNegativeInt = 0
+    """optimizer steps for each data set; 0: from epochs"""
+    batch_size: PositiveInt = 128
+    """images a step"""
+    lr: Positive = 1e-3
+    """peak learning rate of what starts at random: heads, task tokens, the control's predictor"""
+    lr_grid: tuple[Positive, ...] = ()
+    """peak learning rates of which a held-out part of the training set chooses, for each arm alone; empty: `lr`"""
+    pretrained_lr_factor: Positive = 0.1
+    """what is pretrained learns at this share of the rate (IWM: 1/10)"""
+    warmup_fraction: Fraction = 0.1
+    """share of the steps in which the learning rate rises; then it falls to 0 as a cosine"""
+    weight_decay: NonNegativeFloat = 0.05
+    """of AdamW; none on biases and other one-dimensional parameters"""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """factor of the learning rate from each encoder block to the one below it"""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """stochastic depth of the encoder's last block, where the encoder is trained; it falls linearly to 0 at the first"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """share of a label that is spread over all classes"""
+    clip_grad_norm: NonNegativeFloat = 1.0
+    """gradients of a larger norm are scaled down to it; 0: never"""
+    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
+    """each is one repetition: head, random predictor and order of the data"""
+    single_tasks: bool = True
+    """with several data sets: tune for each of them alone too, with the same number of its batches"""
+    data: FinetuneDataConfig = FinetuneDataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    runtime: FinetuneRuntimeConfig = FinetuneRuntimeConfig()
+
+    @model_validator(mode="after")
+    def _lists_hold_something_once(self) -> Self:
+        for name in ("tune", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(
+                    f"{name} {' '.join(map(str, values)) or '(empty)'}: give each value once, at least one"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit_the_data(self) -> Self:
+        given, wanted = len(self.data.weights), len(self.data.path)
+        if given and given != wanted:
+            raise ValueError(
+                f"data.weights: {given} given for {wanted} data sets; give one for each of data.path"
+            )
+        return self
+
+    def hash(self, *parts: str) -> str:
+        """Twelve hexadecimal digits of what decides an arm's result; more seeds or parts to tune are more arms.
+
+        Args:
+            parts: what else decides it: weights and images.
+        """
+        tree = self.model_dump(
+            mode="json", exclude={"runtime", "tune", "seeds", "lr", "lr_grid", "single_tasks"}
+        )
+        tree["data"] = {
+            name: value for name, value in tree["data"].items() if name not in ("path", "test_path")
+        }
+        text = json.dumps([tree, *parts], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
