@@ -101,6 +101,13 @@ class Held:
     """`[k]` sample numbers in the index they come from"""
 
 
+def choose(seed: int, index: Index, count: int, purpose: str, offset: int = 0) -> NDArray[np.int64]:
+    """Numbers of at most `count` samples of an index; arguments as of `hold`."""
+    key = int(integers(seed, MEASURING_EPOCH, purpose, 1)[0] >> np.uint64(33))
+    places = np.arange(offset, min(offset + count, len(index)))
+    return Plan(key, len(index), len(index)).samples(places)
+
+
 def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) -> Held:
     """A fixed random choice of readable images.
 
@@ -112,9 +119,7 @@ def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) 
     Raises:
         RunError: fewer than two images could be read.
     """
-    key = int(integers(setup.config.seed, MEASURING_EPOCH, purpose, 1)[0] >> np.uint64(33))
-    places = np.arange(offset, min(offset + count, len(index)))
-    chosen = Plan(key, len(index), len(index)).samples(places)
+    chosen = choose(setup.config.seed, index, count, purpose, offset)
     images: list[Image] = []
     samples: list[int] = []
     for sample, data in zip(chosen, Reader(index).read_many(chosen), strict=True):
@@ -125,7 +130,7 @@ def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) 
             samples.append(int(sample))
     if len(images) < 2:
         raise RunError(
-            f"only {len(images)} of {len(places)} images chosen for measuring could be read, two are needed; "
+            f"only {len(images)} of {len(chosen)} images chosen for measuring could be read, two are needed; "
             "give more images under data.path or data.test_path"
         )
     labels = index.labels_in(setup.feed.index.class_names)

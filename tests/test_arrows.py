@@ -24,7 +24,8 @@ LAYERS = [
     ["session", "plan_report", "progress"],
     ["summary"],
     ["runtime"],
-    ["pretrain", "finetune", "replay", "__main__"],
+    ["measurement"],
+    ["pretrain", "evaluate", "finetune", "replay", "__main__"],
 ]
 # Siblings that must not know each other: they meet in Batch and in one integer.
 STRANGERS = ["data", "views", "model"]
