@@ -27,8 +27,8 @@ def token_distances(predictions: Tensor, bank: Tensor) -> Tensor:
         predictions.split(_TOKENS_AT_ONCE, dim=1), bank.split(_TOKENS_AT_ONCE, dim=1), strict=True
     ):
         p, q = some_predictions.flatten(1).double(), some_bank.flatten(1).double()
-        squares = q.square().sum(1)
-        distances += p.square().sum(1)[:, None] - 2 * p @ q.T + squares
+        squares = torch.linalg.vector_norm(q, dim=1).square()
+        distances += p.square().sum(1)[:, None] + squares - 2 * (p @ q.T)
         length += squares.mean()
     return distances.clamp_min(0) / length.clamp_min(torch.finfo(torch.float64).tiny)
 
