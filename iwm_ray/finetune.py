@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from iwm_ray import cli
-from iwm_ray.errors import RunError
 from iwm_ray.finetuning.settings import FinetuneConfig
 from iwm_ray.progress import duration
-from iwm_ray.run_directory import write_json
+from iwm_ray.run_directory import RunDirectory, write_json
 
 if TYPE_CHECKING:
     from iwm_ray.finetuning.arms import Arm
@@ -90,14 +89,12 @@ def finetune(experiment: "Experiment") -> None:
     """Runs all arms that are not finished, writes the summary and prints it."""
     from iwm_ray.finetuning import summary
 
-    try:
+    with RunDirectory(experiment.folder).lock():
         experiment.start()
-    except OSError as error:
-        raise RunError(f"--output {experiment.folder}: {error.strerror}; choose another --output") from None
-    results = experiment.run(_Progress(experiment).say)
-    found = summary.summarise(results, experiment.tasks)
-    found = {"status": "finished", "step": experiment.trained.step} | found
-    write_json(experiment.folder / "summary.json", found)
+        results = experiment.run(_Progress(experiment).say)
+        found = summary.summarise(results, experiment.tasks)
+        found = {"status": "finished", "step": experiment.trained.step} | found
+        write_json(experiment.folder / "summary.json", found)
     print("\n".join(summary.lines(found)))
     print(f"summary      {experiment.folder / 'summary.json'}")
     for folder in sorted((experiment.folder / "adapters").glob("*/")):

@@ -130,12 +130,13 @@ def attach(folder: Path, encoder: Encoder) -> Tuned:
     is_frozen = not facts["has_encoder"]
     own = encoder if is_frozen else deepcopy(encoder)
     tuned = Tuned(own, predictor, nn.ModuleDict(heads), nn.ParameterDict(tokens), is_frozen)
-    missing, unexpected = tuned.load_state_dict(tensors, strict=False)
-    strange = [name for name in missing if not (is_frozen and name.startswith("encoder."))] + unexpected
-    if strange:
-        raise RunError(
-            f"adapter {folder}: {strange[0]} (+{len(strange) - 1} more) does not fit; finetune again"
-        )
+    expected = {name for name in tuned.state_dict() if not (is_frozen and name.startswith("encoder."))}
+    try:
+        tuned.load_state_dict(tuned.state_dict() | tensors)
+    except RuntimeError as error:  # names or shapes
+        raise RunError(f"adapter {folder}: does not fit ({' '.join(str(error).split())})") from None
+    if expected - set(tensors):
+        raise RunError(f"adapter {folder}: {min(expected - set(tensors))} is missing; finetune again")
     return tuned.to(model_device(encoder)).eval()
 
 
@@ -148,7 +149,8 @@ def load(folder: Path, task: str = "", run: Path | None = None) -> Classifier:
         )
     task = task or next(iter(facts["tasks"]))
     run = run or Path(os.path.normpath(folder.absolute() / facts["run"]))
-    trained = Trained.open(run / "checkpoints" / facts["checkpoint"] if run.is_dir() else run)
+    checkpoint = run / "checkpoints" / facts["checkpoint"]
+    trained = Trained.open(checkpoint if checkpoint.is_dir() else run)
     model = trained.load()
     encoder = model.target_encoder if facts["encoder"] == "target" else model.encoder
     asking = Asking(

@@ -77,8 +77,7 @@ class Experiment:
         return experiment
 
     def start(self) -> None:
-        """Makes the folder and records the configuration there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Records the configuration in the folder."""
         record = {"name": _name(self.trained, self.config, self.tasks)} | self.config.model_dump(mode="json")
         write_json(self.folder / "config.json", record)
 

@@ -170,6 +170,20 @@ def test_reading_few_tokens_equals_reading_all(num_read, fused):
     torch.testing.assert_close(attend(block.attn, tokens, num_read), block.attn(tokens)[:, -num_read:])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_task_tokens_are_seen_by_all_and_read_by_nobody(kind):
+    predictor, (context, action) = open_gates(make_predictor(kind)), inputs()
+    before = predictor(context, CONTEXT_IDX, TARGET_IDX, action)
+    torch.manual_seed(2)
+    token = torch.randn(1, 1, 24)
+    after = predictor(context, CONTEXT_IDX, TARGET_IDX, action, token.expand(2, -1, -1))
+    assert after.shape == before.shape
+    assert ((after - before).abs().amax(dim=2) > 1e-5).all()
+    # A second token like the first weighs twice in every attention: the sequence is not cut to what it was.
+    twice = predictor(context, CONTEXT_IDX, TARGET_IDX, action, token.expand(2, 2, -1))
+    assert not torch.allclose(twice, after, atol=1e-5)
+
+
 def test_blocks_start_smaller_the_deeper_they_are():
     torch.manual_seed(0)
     config = PredictorConfig(depth=8, width=64, conditioning="none")

@@ -1,0 +1,71 @@
+import pytest
+
+from iwm_ray.errors import RunError
+from iwm_ray.finetuning.arms import (
+    Arm,
+    ArmResult,
+    Family,
+    choices,
+    default_lr,
+    families,
+    finals,
+    read_result,
+    write_result,
+)
+from iwm_ray.finetuning.settings import FinetuneConfig
+
+RESULT = ArmResult({"a": "0110"}, 3, 24, 0.5, 100, 12.0, 1 << 20, "tokens", "x", "y")
+
+
+def names(config, tasks):
+    return [(family.tune, family.start, "+".join(family.tasks)) for family in families(config, tasks)]
+
+
+def test_a_predictor_never_comes_without_its_control():
+    config = FinetuneConfig(tune=("predictor", "encoder", "both"))
+    assert names(config, ("a",)) == [
+        ("predictor", "pretrained", "a"),
+        ("predictor", "random", "a"),
+        ("encoder", "none", "a"),
+        ("both", "pretrained", "a"),
+        ("both", "random", "a"),
+    ]
+
+
+def test_several_tasks_are_tuned_together_and_alone():
+    config = FinetuneConfig(tune=("encoder",))
+    assert [tasks for _, _, tasks in names(config, ("a", "b"))] == ["a+b", "a", "b"]
+    together = config.model_copy(update={"single_tasks": False})
+    assert [tasks for _, _, tasks in names(together, ("a", "b"))] == ["a+b"]
+
+
+def test_each_arm_has_its_own_file():
+    config = FinetuneConfig(tune=("predictor", "both"), lr_grid=(1e-3, 1e-2))
+    arms = [
+        arm
+        for family in families(config, ("a", "b"))
+        for arm in (*choices(config, family), *finals(config, family, 1e-3), *finals(config, family, 1e-2))
+    ]
+    assert len({arm.name for arm in arms}) == len(arms)
+
+
+def test_a_grid_of_one_is_no_choice():
+    family = Family("predictor", "random", ("a",))
+    assert choices(FinetuneConfig(lr_grid=(0.5,)), family) == []
+    assert default_lr(FinetuneConfig(lr_grid=(0.5,))) == 0.5
+    assert default_lr(FinetuneConfig(lr=0.25)) == 0.25
+
+
+def test_results_survive(tmp_path):
+    arm = Arm("predictor", "random", ("a",), 0, 1e-3)
+    assert read_result(tmp_path, arm) is None
+    write_result(tmp_path, arm, RESULT)
+    assert read_result(tmp_path, arm) == RESULT
+    assert RESULT.rights("a").tolist() == [0, 1, 1, 0]
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    arm = Arm("predictor", "random", ("a",), 0, 1e-3)
+    (tmp_path / f"{arm.name}.json").write_text("{")
+    with pytest.raises(RunError, match="remove it, and the arm is run again"):
+        read_result(tmp_path, arm)

@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+
+from iwm_ray.finetuning.model import Asking, parameter_groups, weights_hash
+
+CPU = torch.device("cpu")
+
+
+def asking(trained, **changes):
+    return Asking(trained.policy, 16, **changes)
+
+
+def images(count=4):
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+
+
+def test_the_control_differs_in_the_predictor_alone(tuned_network, config):
+    ours, control = (tuned_network(config, start=start) for start in ("pretrained", "random"))
+    assert weights_hash(ours.encoder) == weights_hash(control.encoder)
+    assert weights_hash(ours.heads) == weights_hash(control.heads)
+    assert weights_hash(ours.predictor) != weights_hash(control.predictor)
+    assert ours.num_trained == control.num_trained
+
+
+def test_another_seed_is_another_head_and_another_control(tuned_network, config):
+    one, two = (tuned_network(config, start="random", seed=seed) for seed in (0, 1))
+    assert weights_hash(one.heads) != weights_hash(two.heads)
+    assert weights_hash(one.predictor) != weights_hash(two.predictor)
+
+
+def test_logits_are_the_head_on_the_predictions_of_the_null_action(tuned_network, config, trained, model):
+    tuned = tuned_network(config).eval()
+    with torch.no_grad():
+        logits = tuned(images(), "photos", asking(trained).query(4, 0, 0, CPU))
+        predictions = model.predict(images(), torch.zeros(4, trained.policy.action_dim), "target")
+        torch.testing.assert_close(logits, tuned.heads["photos"](predictions))
+        torch.testing.assert_close(
+            logits, tuned(tuned.encode(images()), "photos", asking(trained).query(4, 0, 0, CPU))
+        )
+
+
+def test_without_a_predictor_the_head_reads_the_encoder(tuned_network, config, trained, model):
+    tuned = tuned_network(config, "encoder", "none").eval()
+    with torch.no_grad():
+        tokens = tuned.represent(images(), "photos", asking(trained).query(4, 0, 0, CPU))
+        assert torch.equal(tokens, model.target_encoder(images()))
+
+
+def test_the_context_encoder_can_be_chosen(tuned_network, config, model):
+    student = tuned_network(config.model_copy(update={"encoder": "context"}))
+    assert weights_hash(student.encoder) == weights_hash(model.encoder) != weights_hash(model.target_encoder)
+
+
+@pytest.mark.parametrize(
+    ("tune", "start", "parts"),
+    [
+        ("predictor", "pretrained", {"predictor", "heads"}),
+        ("encoder", "none", {"encoder", "heads"}),
+        ("both", "random", {"encoder", "predictor", "heads"}),
+    ],
+)
+def test_what_is_trained(tuned_network, config, trained, tune, start, parts):
+    tuned = tuned_network(config, tune, start)
+    tuned(images(), "photos", asking(trained).query(4, 0, 0, CPU)).sum().backward()
+    assert {name.split(".")[0] for name, p in tuned.named_parameters() if p.grad is not None} == parts
+    in_groups = [p for group in parameter_groups(tuned, config, start) for p in group["params"]]
+    assert len(in_groups) == len({id(p) for p in in_groups})
+    assert sum(p.numel() for p in in_groups) == tuned.num_trained
+    tuned.train()
+    assert tuned.encoder.training == ("encoder" in parts)
+
+
+def test_rates_follow_the_protocol(tuned_network, config):
+    """Pretrained parts learn at a tenth, lower blocks at less, what is random at the full rate."""
+    tuned = tuned_network(config, "both", "pretrained")
+    names = {id(parameter): name for name, parameter in tuned.named_parameters()}
+    scale = {
+        names[id(parameter)]: group["scale"]
+        for group in parameter_groups(tuned, config, "pretrained")
+        for parameter in group["params"]
+    }
+    assert scale["heads.photos.query"] == 1
+    assert scale["predictor.embed.weight"] == 0.1
+    assert scale["encoder.vit.norm.weight"] == scale["encoder.vit.blocks.1.attn.qkv.weight"] == 0.1
+    assert scale["encoder.vit.blocks.0.attn.qkv.weight"] == pytest.approx(0.1 * 0.75)
+    assert scale["encoder.vit.patch_embed.proj.weight"] == pytest.approx(0.1 * 0.75**2)
+    groups = parameter_groups(tuned_network(config, start="random"), config, "random")
+    assert {group["scale"] for group in groups} == {1.0}
+    assert {group["weight_decay"] for group in groups} == {0.0, config.weight_decay}
+
+
+def test_task_tokens_tell_tasks_apart(tuned_network, config, trained):
+    tuned = tuned_network(config, tasks={"a": 10, "b": 10}).eval()
+    query = asking(trained).query(4, 0, 0, CPU)
+    with torch.no_grad():
+        one, two = (tuned.represent(images(), task, query) for task in ("a", "b"))
+        assert not torch.allclose(one, two)
+        tuned.task_tokens["b"].copy_(tuned.task_tokens["a"])
+        assert torch.equal(one, tuned.represent(images(), "b", query))
+    alone = tuned_network(config, tasks={"a": 10})
+    assert not alone.task_tokens
+    assert weights_hash(alone.heads["a"]) == weights_hash(tuned.heads["a"])
+
+
+def test_queries_are_null_and_whole_unless_asked_otherwise(trained):
+    query = asking(trained).query(3, 0, 0, CPU)
+    assert not query.action.any() and query.target_idx is None
+    query = asking(trained, is_random=True, fraction=0.25).query(3, 0, 0, CPU)
+    assert query.action.shape == (3, trained.policy.action_dim) and query.action.any()
+    assert query.target_idx.shape == (3, 4)
+    assert (query.target_idx.diff(dim=1) > 0).all()
+    same, other = (asking(trained, is_random=True).query(3, 0, step, CPU).action for step in (0, 1))
+    assert torch.equal(same, query.action) and not torch.equal(other, query.action)
+
+
+def test_a_subset_of_positions_gives_as_many_tokens(tuned_network, config, trained):
+    query = asking(trained, fraction=0.5).query(4, 0, 0, CPU)
+    assert tuned_network(config).represent(images(), "photos", query).shape[1] == 8
+
+
+def test_drop_path_is_random_in_training_only(tuned_network, config, trained):
+    tuned = tuned_network(config.model_copy(update={"drop_path": 0.5}), "encoder", "none")
+    query, many = asking(trained).query(16, 0, 0, CPU), images(16)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        tuned.train()
+        assert not torch.equal(tuned(many, "photos", query), tuned(many, "photos", query))
+        tuned.eval()
+        assert torch.equal(tuned(many, "photos", query), tuned(many, "photos", query))
+
+
+def test_a_hash_knows_names_shapes_and_values():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 4)
+    before = weights_hash(layer)
+    same = torch.nn.Linear(4, 4)
+    same.load_state_dict(layer.state_dict())
+    assert weights_hash(same) == before
+    with torch.no_grad():
+        layer.weight[0, 0] = np.nextafter(layer.weight[0, 0].item(), 9, dtype=np.float32).item()
+    assert weights_hash(layer) != before

@@ -1,0 +1,37 @@
+import pytest
+from pydantic import ValidationError
+
+from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
+
+
+def test_the_hash_knows_what_decides_an_arm_and_nothing_else():
+    base = FinetuneConfig()
+    same = [{"seeds": [7]}, {"tune": ["both"]}, {"runtime": {"device": "cpu"}}, {"data": {"path": ["x"]}}]
+    other = [{"head": "linear"}, {"epochs": 3}, {"data": {"num_train": 5}}, {"augment": {"mixup": 0.8}}]
+    assert {FinetuneConfig.model_validate(tree).hash("w") for tree in same} == {base.hash("w")}
+    hashes = [FinetuneConfig.model_validate(tree).hash("w") for tree in other]
+    assert len({*hashes, base.hash("w"), base.hash("other weights")}) == len(other) + 2
+
+
+@pytest.mark.parametrize(
+    ("augment", "keeps"),
+    [({}, True), ({"flip_probability": 0.5}, True), ({"randaugment": 9}, False), ({"cutmix": 1.0}, False)],
+)
+def test_which_augmentation_lets_tokens_be_cached(augment, keeps):
+    assert AugmentConfig(**augment).keeps_tokens == keeps
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds 1 1"),
+        ({"tune": ["head"]}, "predictor"),
+        ({"data": {"path": ["a", "b"], "weights": [1]}}, "data.weights: 1 given for 2"),
+        ({"target_fraction": 0}, "greater than 0"),
+        ({"lr_grid": [0]}, "greater than 0"),
+    ],
+)
+def test_bad_settings(tree, said):
+    with pytest.raises(ValidationError, match=said):
+        FinetuneConfig.model_validate(tree)

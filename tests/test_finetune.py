@@ -1,0 +1,221 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import iwm_ray
+from iwm_ray.finetune import main
+from iwm_ray.finetuning.model import weights_hash
+from iwm_ray.trained import Trained
+
+PHOTOS = ["--data.path", "photos_tiny", "--data.test-path", "photos_tiny:test"]
+SMALL = ["--steps", "4", "--batch-size", "16", "--data.num-train", "48", "--data.num-test", "30"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The first digits of scikit-learn as folders of PNGs: train and test."""
+    root = tmp_path_factory.mktemp("digits")
+    found = load_digits()
+    for number, (image, label) in enumerate(zip(found.images[:120], found.target[:120], strict=True)):
+        folder = root / ("train" if number < 80 else "test") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15).astype(np.uint8)).resize((16, 16)).save(folder / f"{number}.png")
+    return str(root / "train"), str(root / "test")
+
+
+def finetune(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def finetuned(clean_run, tmp_path_factory):
+    """A finished predictor finetuning with two seeds."""
+    output = tmp_path_factory.mktemp("finetuned") / "out"
+    assert finetune(clean_run, *PHOTOS, *SMALL, "--seeds", 0, 1, "--output", output) == 0
+    return output
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def arms(folder):
+    return {path.stem: read(path)["result"] for path in (folder / "arms").glob("*.json")}
+
+
+def test_the_summary_has_both_arms_and_their_difference(finetuned):
+    summary = read(finetuned / "summary.json")
+    metrics = summary["metrics"]
+    prefix = "finetune/photos_tiny"
+    for name in ("top1", "top1_random_predictor", "difference"):
+        low, mean, high = (metrics[f"{prefix}/{name}{end}"] for end in ("_low", "", "_high"))
+        assert low <= mean <= high
+    results = arms(finetuned)
+    accuracy = {
+        start: np.mean([
+            np.mean([int(letter) for letter in result["correct"]["photos_tiny"]])
+            for name, result in results.items()
+            if start in name
+        ])
+        for start in ("pretrained", "random")
+    }  # fmt: skip
+    assert metrics[f"{prefix}/top1"] == pytest.approx(accuracy["pretrained"])
+    assert metrics[f"{prefix}/top1_random_predictor"] == pytest.approx(accuracy["random"])
+    assert metrics[f"{prefix}/difference"] == pytest.approx(accuracy["pretrained"] - accuracy["random"])
+    # 30 images chosen of ten classes
+    assert 0.1 <= metrics[f"{prefix}/chance"] < 0.5
+    assert [row["predictor"] for row in summary["efficiency"]] == ["pretrained", "random"]
+    assert all(len(result["correct"]["photos_tiny"]) == 30 for result in results.values())
+
+
+def test_the_encoder_stays_and_the_control_has_the_same_heads(finetuned, clean_run):
+    results = arms(finetuned)
+    encoder = weights_hash(Trained.open(clean_run).load().target_encoder)
+    assert len(results) == 4
+    assert {result["encoder_hash"] for result in results.values()} == {encoder}
+    for seed in (0, 1):
+        assert len({result["head_hash"] for name, result in results.items() if f"seed{seed}" in name}) == 1
+    assert len({result["head_hash"] for result in results.values()}) == 2
+
+
+def test_finished_arms_are_not_run_again(finetuned, clean_run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (finetuned / "arms").iterdir()}
+    summary = read(finetuned / "summary.json")
+    assert finetune(clean_run, *PHOTOS, *SMALL, "--seeds", 0, 1, "--output", finetuned) == 0
+    assert {path: path.stat().st_mtime_ns for path in (finetuned / "arms").iterdir()} == before
+    assert read(finetuned / "summary.json") == summary
+    assert "step 4/4" not in capsys.readouterr().out
+
+
+def test_an_arm_that_is_missing_is_run_again_to_the_same_result(finetuned, clean_run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finetuned, copy)
+    lost = next((copy / "arms").glob("predictor-random-*seed1.json"))
+    before = read(lost)["result"]
+    lost.unlink()
+    assert finetune(clean_run, *PHOTOS, *SMALL, "--seeds", 0, 1, "--output", copy) == 0
+    assert read(lost)["result"]["correct"] == before["correct"]
+    assert capsys.readouterr().out.count("step 4/4") == 1
+
+
+def test_the_adapter_is_a_classifier(finetuned, clean_run):
+    (folder,) = (finetuned / "adapters").iterdir()
+    classifier = iwm_ray.load(folder)
+    probabilities = classifier.predict(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert probabilities.shape == (2, 10) and float(probabilities.sum()) == pytest.approx(2)
+    assert "astronaut" in classifier.class_names
+
+
+def test_several_tasks_with_one_predictor(clean_run, digits, tmp_path, capsys):
+    output = tmp_path / "out"
+    data = [
+        "--data.path", "photos=photos_tiny", f"digits={digits[0]}",
+        "--data.test-path", "photos=photos_tiny:test", f"digits={digits[1]}", "--data.weights", 3, 1,
+    ]  # fmt: skip
+    assert finetune(clean_run, *data, *SMALL, "--seeds", 0, "--output", output) == 0
+    metrics = read(output / "summary.json")["metrics"]
+    for task in ("photos", "digits"):
+        assert {f"finetune/{task}/top1", f"finetune/{task}/multitask/top1"} < set(metrics)
+        difference = metrics[f"finetune/{task}/multitask/top1"] - metrics[f"finetune/{task}/top1"]
+        assert metrics[f"finetune/{task}/multitask/minus_single"] == pytest.approx(difference)
+    results = arms(output)
+    steps = {name.split("-lr")[0]: result["steps"] for name, result in results.items()}
+    assert steps["predictor-pretrained-photos"] == 6 and steps["predictor-pretrained-digits"] == 2
+    assert steps["predictor-pretrained-photos+digits"] == 8
+    folder = next((output / "adapters").glob("*photos+digits*"))
+    assert iwm_ray.load(folder, task="digits").class_names == tuple("0123456789")
+    assert "photos/multitask: together minus alone" in capsys.readouterr().out
+
+
+def test_the_rate_is_chosen_on_held_out_training_images(clean_run, tmp_path):
+    output = tmp_path / "out"
+    grid = ["--lr-grid", "1e-9", "1e-2", "--steps", 12, "--seeds", 0, "--output", output]
+    assert finetune(clean_run, *PHOTOS, *SMALL, *grid) == 0
+    results = arms(output)
+    chosen = [name for name in results if "choice" in name]
+    assert len(chosen) == 4 and len(results) == 6
+    assert all(len(results[name]["correct"]["photos_tiny"]) == 5 for name in chosen)  # a tenth of 48
+    for row in read(output / "summary.json")["efficiency"]:
+        scores = {}
+        for lr in ("1e-09", "0.01"):
+            choice = results[f"predictor-{row['predictor']}-photos_tiny-lr{lr}-seed0-choice"]
+            scores[lr] = choice["correct"]["photos_tiny"].count("1")
+        assert f"{row['lr']:g}" == max(scores, key=scores.get)
+
+
+def test_encoder_and_both_from_augmented_images(clean_run, tmp_path):
+    output = tmp_path / "out"
+    strong = [
+        "--augment.crop-area",
+        0.5,
+        "--augment.randaugment",
+        5,
+        "--augment.mixup",
+        0.8,
+        "--augment.cutmix",
+        1,
+    ]
+    more = ["--tune", "encoder", "both", "--drop-path", 0.1, "--label-smoothing", 0.1, "--seeds", 0]
+    assert finetune(clean_run, *PHOTOS, *SMALL, *strong, *more, "--output", output) == 0
+    frozen = weights_hash(Trained.open(clean_run).load().target_encoder)
+    results = arms(output)
+    assert len(results) == 3
+    assert all(
+        result["inputs"] == "images" and result["encoder_hash"] != frozen for result in results.values()
+    )
+    parameters = {name.split("-")[0]: result["trained_parameters"] for name, result in results.items()}
+    assert parameters["both"] > parameters["encoder"]
+
+
+def test_a_dry_run_creates_nothing(clean_run, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert finetune(clean_run, *PHOTOS, *SMALL, "--output", output, "--dry-run") == 0
+    assert not output.exists()
+    assert "6, 0 of them finished" in capsys.readouterr().out
+
+
+def test_another_finetuning_in_the_same_folder_is_refused(finetuned, clean_run, capsys):
+    assert finetune(clean_run, *PHOTOS, *SMALL, "--head", "linear", "--output", finetuned) == 2
+    assert "choose another --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--data.path is missing"]),
+        (["--data.path", "photos_tiny"], ["--data.test-path is missing"]),
+        ([*PHOTOS, "--tune", "hed"], ["tune.0 'hed'", "'predictor', 'encoder' or 'both'"]),
+        ([*PHOTOS, "--epochs", "0"], ["epochs '0'", "greater than 0"]),
+        ([*PHOTOS, "--hed", "linear"], ["--hed", "did you mean '--head'"]),
+        ([*PHOTOS, "--checkpoint", "7"], ["kept are the steps"]),
+        ([*PHOTOS, "--data.weights", "1", "2"], ["data.weights: 2 given for 1"]),
+        (["--data.path", "/nowhere", "--data.test-path", "photos_tiny"], ["/nowhere"]),
+        (
+            ["--data.path", "a=photos_tiny", "b=photos_tiny", "--data.test-path", "b=photos_tiny", "a=photos_tiny"],
+            ["same order"],
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_2(clean_run, tmp_path, capsys, arguments, words):
+    assert finetune(clean_run, "--output", tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_do_not_meet(clean_run, digits, tmp_path, capsys):
+    arguments = ["--data.path", "photos_tiny", "--data.test-path", digits[1], "--output", tmp_path / "out"]
+    assert finetune(clean_run, *arguments) == 2
+    assert "give sets with the same class names" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    assert finetune(tmp_path, *PHOTOS) == 2
+    assert "no config.json" in capsys.readouterr().err
