@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("pretrain", "replay")
+COMMANDS = ("pretrain", "replay", "visualize")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ LAYERS = [
     ["session", "plan_report", "progress"],
     ["summary"],
     ["runtime"],
-    ["pretrain", "replay", "__main__"],
+    ["pretrain", "replay", "visualize", "__main__"],
 ]
 # Siblings that must not know each other: they meet in Batch and in one integer.
 STRANGERS = ["data", "views", "model"]
