@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -192,7 +192,7 @@ def _draw_error(
     axes.plot(strengths, [float(np.mean(group)) for group in groups], color=color, linewidth=1.6, label=label)
 
 
-def _dress(axes: Axes, grid: str = "x") -> None:
+def _dress(axes: Axes, grid: Literal["x", "y"] = "x") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis=grid, color=PALE, linewidth=0.6)
     axes.set_axisbelow(True)
