@@ -44,9 +44,9 @@ def _main(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     start = begin = time.monotonic()
     trained = Trained.open(options.run, options.checkpoint)
+    subject = _open(trained, options)
     album = Album(options.output or trained.run.pictures)
     album.check()
-    subject = _open(trained, options)
     for part in _parts(subject):
         album.add(part)
         print(f"{part.name:16} {time.monotonic() - begin:5.1f} s  {part.title}", flush=True)
@@ -223,10 +223,7 @@ def _parts(subject: Subject) -> Iterator[parts.Part]:
     seen = _hold(setup, setup.feed.index, _NUM_SHEET_ROWS, "sheet").samples  # such as can be read
     title = "Views, masks and actions"
     yield parts.views_part(draw_views(setup, np.zeros_like(seen), seen, title), len(seen))
-    if any(name.startswith("action_r2/") for name in subject.newest):
-        names = [component.name for component in setup.policy.schema]
-        yield parts.action_r2_part(subject.newest, names)
-    yield parts.curves_part(subject.records, f"Training curves of {setup.config.recipe}")
+    yield from _record_parts(subject)
 
 
 def _action_parts(subject: Subject) -> Iterator[parts.Part]:
@@ -242,6 +239,14 @@ def _action_parts(subject: Subject) -> Iterator[parts.Part]:
     names = [component.name for component in policy.target_jitter.fields]
     yield parts.components_part(ours.metrics, theirs.metrics, names, num_views, len(images))
     yield parts.errors_part(slides)
+
+
+def _record_parts(subject: Subject) -> Iterator[parts.Part]:
+    """What the run has written down."""
+    config, schema = subject.setup.config, subject.setup.policy.schema
+    if any(name.startswith("action_r2/") for name in subject.newest):
+        yield parts.action_r2_part(subject.newest, [component.name for component in schema])
+    yield parts.curves_part(subject.records, f"Training curves of {config.recipe}")
 
 
 def _facts(subject: Subject) -> Mapping[str, str]:

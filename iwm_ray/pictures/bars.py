@@ -28,7 +28,8 @@ def mrr_bars(trained: Metrics, components: Sequence[str], untrained: Metrics | N
     """
     names = {"mrr/mrr": "all together"} | {f"mrr/{component}": component for component in components}
     title = "MRR by component: which part of the action is known?"
-    return _bars(title, names, trained, untrained, trained["mrr/chance"], "chance")
+    chance = trained["mrr/chance"]
+    return _bars(title, names, trained, untrained, (chance, "chance"), reach=3 * chance)
 
 
 def action_r2_bars(trained: Metrics, components: Sequence[str], untrained: Metrics | None = None) -> Figure:
@@ -41,7 +42,7 @@ def action_r2_bars(trained: Metrics, components: Sequence[str], untrained: Metri
     """
     names = {"action_r2/mean": "mean"} | {f"action_r2/{component}": component for component in components}
     title = "Action R²: how much of the action can be read off the features?"
-    return _bars(title, names, trained, untrained, 0.0, "always guessing the mean:")
+    return _bars(title, names, trained, untrained, (0.0, "always guessing the mean:"), reach=1.0)
 
 
 def _bars(
@@ -49,9 +50,11 @@ def _bars(
     names: Mapping[str, str],
     trained: Metrics,
     untrained: Metrics | None,
-    chance: float,
-    chance_name: str,
+    chance: tuple[float, str],
+    reach: float,
 ) -> Figure:
+    """The axis ends at `reach` at least, so that bars of mere chance do not fill it."""
+    level, level_name = chance
     shown = [metric for metric in names if metric in trained]
     figure = Figure(figsize=(_WIDTH, _HEAD + _BAR * max(1, len(shown)) + _FOOT), dpi=DPI)
     height = figure.get_figheight()
@@ -66,12 +69,12 @@ def _bars(
         places = np.arange(len(shown)) + (number - (len(groups) - 1) / 2) * thickness
         _draw_bars(axes, places, shown, metrics, thickness * 0.9, color, label)
     axes.axvline(
-        chance, color=ORANGE, linewidth=1.4, linestyle="--", label=f"{chance_name} {chance:.3g}", zorder=3
+        level, color=ORANGE, linewidth=1.4, linestyle="--", label=f"{level_name} {level:.3g}", zorder=3
     )
     axes.set_yticks(np.arange(len(shown)), [names[metric] for metric in shown])
     axes.set_ylim(max(1, len(shown)) - 0.5, -0.5)
     values = [bound for metrics, *_ in groups for metric in shown for bound in _bounds(metrics, metric)]
-    axes.set_xlim(min([0.0, *values]), max([chance, *values], default=1.0) * 1.02 or 1.0)
+    axes.set_xlim(min([0.0, *values]), max([reach, *values]))
     _dress(axes)
     axes.tick_params(axis="y", labelsize=TEXT, labelcolor=INK)
     box = (0.22 / _WIDTH, 1 - 0.42 / height)
@@ -151,10 +154,13 @@ def error_curves(rows: Sequence[ErrorRow]) -> Figure:
     for number, component in enumerate(components):
         axes = figure.add_subplot(1, len(components), number + 1)
         own = [row for row in rows if row.component == component]
-        _draw_error(axes, own, [row.null_error for row in own], ORANGE, "null action")
-        _draw_error(axes, own, [row.error for row in own], BLUE, "true action")
+        # The wide line stays visible where a model that ignores actions makes the two one.
+        _draw_error(axes, own, [row.null_error for row in own], ORANGE, "null action", width=3.6)
+        _draw_error(axes, own, [row.error for row in own], BLUE, "true action", width=1.4)
         axes.set_title(component, fontsize=HEADING, color=INK, loc="left")
         axes.set_ylim(0, highest * 1.05 or 1.0)
+        reach = max(abs(row.strength) for row in own) or 1.0
+        axes.set_xlim(-1.12 * reach, 1.12 * reach)  # no label in the corner, where the other axis has one
         axes.set_xlabel("strength", fontsize=SMALL, color=GREY)
         _dress(axes, grid="y")
         axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -174,7 +180,7 @@ def error_curves(rows: Sequence[ErrorRow]) -> Figure:
 
 
 def _draw_error(
-    axes: Axes, rows: Sequence[ErrorRow], errors: Sequence[float], color: str, label: str
+    axes: Axes, rows: Sequence[ErrorRow], errors: Sequence[float], color: str, label: str, width: float
 ) -> None:
     strengths = sorted({row.strength for row in rows})
     groups = [
@@ -189,7 +195,9 @@ def _draw_error(
         alpha=0.15,
         lw=0,
     )
-    axes.plot(strengths, [float(np.mean(group)) for group in groups], color=color, linewidth=1.6, label=label)
+    axes.plot(
+        strengths, [float(np.mean(group)) for group in groups], color=color, linewidth=width, label=label
+    )
 
 
 def _dress(axes: Axes, grid: Literal["x", "y"] = "x") -> None:

@@ -67,7 +67,7 @@ def mrr_sentence(result: MrrResult) -> str:
         f"MRR {value:.3f} (95 % interval {low:.3f} to {metrics['mrr/mrr_high']:.3f}, chance {chance:.3f})"
     )
     if low <= chance + _TIE:
-        return f"This model cannot be told to know what an action does: {figures}."
+        return f"Nothing shows that this model knows what an action does: {figures}."
     return f"This model knows something of what an action does: {figures}, {value / chance:.1f} times chance."
 
 
