@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("pretrain", "finetune", "replay")
+COMMANDS = ("pretrain", "evaluate", "finetune", "replay")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
+_LOSSES = "losses"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,19 @@ class ActionLog:
             partial.replace(folder / name)
 
 
+def write_losses(folder: Path, step: int, rank: int, losses: dict[str, NDArray[Any]]) -> None:
+    """Writes the losses that a train worker has noted up to a step: `counter` and `loss`, of any length."""
+    (folder / _LOSSES).mkdir(parents=True, exist_ok=True)
+    name = f"losses-{step:08d}-{rank:05d}.parquet"
+    partial = folder / _LOSSES / f".{name}.{os.getpid()}"
+    pa.parquet.write_table(pa.table(losses), partial)
+    partial.replace(folder / _LOSSES / name)
+
+
 def read(folder: Path, epoch: int | None = None) -> pa.Table:
     """The logged rows in the order of the stream, each counter once.
+
+    `loss` is the training loss of the sample where it is known: in the steps that were reported.
 
     Args:
         folder: a run's `actions` folder.
@@ -75,7 +87,20 @@ def read(folder: Path, epoch: int | None = None) -> pa.Table:
     table = dataset.to_table().sort_by("counter")
     counters = table["counter"].to_numpy()
     # Blocks of another length, after a change of the worker count, can overlap.
-    return table.filter(pa.array(np.diff(counters, prepend=-1) != 0))
+    table = table.filter(pa.array(np.diff(counters, prepend=-1) != 0))
+    return table.append_column("loss", _losses_of(folder, table["counter"].to_numpy()))
+
+
+def _losses_of(folder: Path, counters: NDArray[np.int64]) -> pa.Array:
+    """`[n]` float32, null where no loss is known."""
+    files = sorted((folder / _LOSSES).glob("losses-*.parquet"))
+    if not files:
+        return pa.nulls(len(counters), pa.float32())
+    noted = pa.dataset.dataset(files).to_table()
+    # Steps done again after a fault have the same losses again.
+    known, first = np.unique(noted["counter"].to_numpy(), return_index=True)
+    places = np.searchsorted(known, counters).clip(max=len(known) - 1)
+    return pa.array(noted["loss"].to_numpy()[first[places]], mask=known[places] != counters)
 
 
 def _column(values: NDArray[Any] | Sequence[Any]) -> pa.Array:

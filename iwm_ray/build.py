@@ -22,7 +22,7 @@ from iwm_ray.randomness import integers
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.views.masks import MaskSampler
 from iwm_ray.views.policy import ViewPolicy
-from iwm_ray.views.resize import resize
+from iwm_ray.views.resize import clean_view
 
 MEASURING_EPOCH = 2**31 - 1
 """The epoch under which monitors draw their views: none that training ever reaches."""
@@ -101,6 +101,13 @@ class Held:
     """`[k]` sample numbers in the index they come from"""
 
 
+def choose(seed: int, index: Index, count: int, purpose: str, offset: int = 0) -> NDArray[np.int64]:
+    """Numbers of at most `count` samples of an index; arguments as of `hold`."""
+    key = int(integers(seed, MEASURING_EPOCH, purpose, 1)[0] >> np.uint64(33))
+    places = np.arange(offset, min(offset + count, len(index)))
+    return Plan(key, len(index), len(index)).samples(places)
+
+
 def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) -> Held:
     """A fixed random choice of readable images.
 
@@ -112,29 +119,19 @@ def hold(setup: Setup, index: Index, count: int, purpose: str, offset: int = 0) 
     Raises:
         RunError: fewer than two images could be read.
     """
-    key = int(integers(setup.config.seed, MEASURING_EPOCH, purpose, 1)[0] >> np.uint64(33))
-    places = np.arange(offset, min(offset + count, len(index)))
-    chosen = Plan(key, len(index), len(index)).samples(places)
+    chosen = choose(setup.config.seed, index, count, purpose, offset)
     images: list[Image] = []
     samples: list[int] = []
     for sample, data in zip(chosen, Reader(index).read_many(chosen), strict=True):
         with suppress(Undecodable):
             if isinstance(data, Undecodable):
                 raise data
-            images.append(clean(decode(data, setup.feed.limits), setup.config.views.image_size))
+            images.append(clean_view(decode(data, setup.feed.limits), setup.config.views.image_size))
             samples.append(int(sample))
     if len(images) < 2:
         raise RunError(
-            f"only {len(images)} of {len(places)} images chosen for measuring could be read, two are needed; "
+            f"only {len(images)} of {len(chosen)} images chosen for measuring could be read, two are needed; "
             "give more images under data.path or data.test_path"
         )
     labels = index.labels_in(setup.feed.index.class_names)
     return Held(np.stack(images), labels[np.array(samples)], np.array(samples, np.int64))
-
-
-def clean(image: Image, size: int) -> Image:
-    """The image `[h w 3]` as it is, but square and of the views' size: its middle, resized to `[size size 3]`."""
-    height, width, _ = image.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return resize(image[top : top + side, left : left + side], size)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from iwm_ray import action_log
 from iwm_ray.batch import Batch
 from iwm_ray.build import MEASURING_EPOCH, Setup, hold
 from iwm_ray.config import RuntimeConfig
@@ -153,6 +154,7 @@ class Reporter:
         self._monitor_every = config.monitor.every_steps or max(1, total // 10)
         self._checkpoint_every = config.runtime.checkpoint_every_steps or max(1, min(1000, total // 10))
         self._quality: float | None = None
+        self._losses: list[tuple[Tensor, Tensor]] = []
         self._clock = _Clock()
         if worker.rank == 0:
             self.log = MetricsLog(setup.run.metrics)
@@ -171,11 +173,14 @@ class Reporter:
         if self._worker.rank == 0 and (state.step % self._monitor_every == 0 or last):
             self._read_monitors(state)
         stop = self._agree_to_stop(state.step)
-        if self._worker.rank == 0 and (state.step % self._checkpoint_every == 0 or last or stop):
-            self._save(state)
+        if state.step % self._checkpoint_every == 0 or last or stop:
+            self._write_losses(state.step)
+            if self._worker.rank == 0:
+                self._save(state)
         return stop
 
     def _report(self, stats: StepStats) -> None:
+        self._losses.append((stats.counter, stats.sample_loss))
         if self._worker.count > 1:
             loss = stats.loss / self._worker.count
             torch.distributed.all_reduce(loss)
@@ -195,6 +200,18 @@ class Reporter:
             }
             self._log(stats.step, train)
             self._refuse_bad_data()
+
+    def _write_losses(self, step: int) -> None:
+        """Adds to the action log what the samples of the reported steps cost."""
+        if not self._losses or not self._setup.config.tracking.action_log_fraction:
+            return
+        counters, losses = (torch.cat(columns).cpu().numpy() for columns in zip(*self._losses, strict=True))
+        self._losses.clear()
+        noted = {"counter": counters, "loss": losses}
+        try:
+            action_log.write_losses(self._setup.run.actions, step, self._worker.rank, noted)
+        except OSError as error:
+            self._setup.run.warn(f"action log: losses up to step {step} not written ({error.strerror})")
 
     def _read_monitors(self, state: TrainState) -> None:
         with self._clock.paused():

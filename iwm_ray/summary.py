@@ -32,9 +32,6 @@ def finished(run: RunDirectory) -> Outcome | None:
 def summarise(setup: Setup, outcome: Outcome) -> dict[str, Any]:
     """Writes and returns RUN/summary.json: status, steps, health, and the newest value of every metric."""
     rows = metrics_log.read(setup.run.metrics)
-    newest: dict[str, float] = {}
-    for row in rows:
-        newest |= {name: value for name, value in row.items() if name not in ("step", "time")}
     step = outcome.step if outcome.step >= 0 else max((row["step"] for row in rows), default=0)
     health = judge(rows, setup.config.predictor.conditioning, setup.encoder_width)
     summary = {
@@ -46,10 +43,25 @@ def summarise(setup: Setup, outcome: Outcome) -> dict[str, Any]:
         "health_line": health.line,
         "quarantined": setup.run.num_quarantined(),
         "goodput": goodput(setup, rows),
-        "metrics": newest,
+        "metrics": _newest(rows),
     }
     write_json(setup.run.summary, summary)
     return summary
+
+
+def renew(run: RunDirectory) -> None:
+    """Puts figures that were measured after the run's end into its summary."""
+    if run.summary.exists():
+        kept = json.loads(run.summary.read_text())
+        write_json(run.summary, kept | {"metrics": _newest(metrics_log.read(run.metrics))})
+
+
+def _newest(rows: Rows) -> dict[str, float]:
+    """The value of every metric at its last step."""
+    newest: dict[str, float] = {}
+    for row in sorted(rows, key=lambda row: row["step"]):  # stable: of one step the line written last
+        newest |= {name: value for name, value in row.items() if name not in ("step", "time")}
+    return newest
 
 
 def goodput(setup: Setup, rows: Rows) -> float:

@@ -15,15 +15,17 @@ LAYERS = [
     ["config", "batch"],
     ["data", "views", "model", "action_log", "run_directory"],
     ["training"],
+    ["trained"],
     ["evaluation"],
     ["pictures"],
     ["feed", "recipes"],
-    ["loader", "build", "cli", "trained"],
+    ["loader", "build", "cli"],
     ["finetuning"],
     ["session", "plan_report", "progress"],
     ["summary"],
     ["runtime"],
-    ["pretrain", "finetune", "replay", "__main__"],
+    ["measurement"],
+    ["pretrain", "evaluate", "finetune", "replay", "__main__"],
 ]
 # Siblings that must not know each other: they meet in Batch and in one integer.
 STRANGERS = ["data", "views", "model"]

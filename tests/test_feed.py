@@ -86,3 +86,24 @@ def test_a_part_of_the_blocks_is_logged_where_asked(make, tmp_path):
     assert 400 < wanted < 600
     assert not replace(feed.log, fraction=0.0).wants(0)
     assert replace(feed.log, fraction=1.0).wants(0)
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_the_rows(make, tmp_path, caplog):
+    feed = make("host").feed
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where a folder should be")
+    rows = replace(feed, log=replace(feed.log, folder=blocked)).rows(np.arange(4))
+    np.testing.assert_array_equal(rows["source"], feed.rows(np.arange(4))["source"])
+    assert "rows from 0 on not written" in caplog.text
+
+
+def test_losses_stand_beside_the_rows_where_they_are_known(make):
+    setup = make("host")
+    setup.feed.rows(np.arange(16))
+    folder = setup.run.actions
+    assert action_log.read(folder)["loss"].null_count == 16
+    for step, counters in ((2, [3, 1]), (3, [1, 9])):  # the second worker repeats a step after a fault
+        losses = {"counter": np.array(counters), "loss": np.array(counters, np.float32) / 2}
+        action_log.write_losses(folder, step, 0, losses)
+    expected = [place / 2 if place in (1, 3, 9) else None for place in range(16)]
+    assert action_log.read(folder)["loss"].to_pylist() == expected

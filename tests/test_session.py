@@ -99,6 +99,13 @@ def test_a_run_reports_at_its_rates(undisturbed):
     assert (undisturbed.run.pictures / "curves.png").exists()
     logged = action_log.read(undisturbed.run.actions)
     assert logged["counter"].to_pylist() == list(range(7 * 32))
+    mean_losses = logged["loss"].to_numpy().reshape(7, 32).mean(1)
+    reported = {
+        row["step"]: row["train/loss"]
+        for row in metrics_log.read(undisturbed.run.metrics)
+        if "train/loss" in row
+    }
+    np.testing.assert_allclose(mean_losses, [reported[step] for step in range(1, 8)], rtol=1e-5)
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 6, 7])

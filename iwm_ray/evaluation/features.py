@@ -1,15 +1,20 @@
 """Features of whole images, and the state in which a model is measured."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from iwm_ray.data.plan import permute
 from iwm_ray.model.iwm import IWM
+from iwm_ray.randomness import integers
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,35 @@ class Features:
     class_names: tuple[str, ...]
     hash: str
     """names encoder, images and transform"""
+    unreadable: int = 0
+    """images that were chosen but could not be decoded, and are left out"""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def digest(*facts: Any) -> str:
+    """Sixteen hexadecimal digits that name a content; facts are bytes, or what JSON can write."""
+    found = hashlib.blake2b(digest_size=8)
+    for fact in facts:
+        content = fact if isinstance(fact, bytes) else json.dumps(fact).encode()
+        found.update(len(content).to_bytes(8, "little"))
+        found.update(content)
+    return found.hexdigest()
+
+
+def key(seed: int, purpose: str) -> int:
+    """A seed for the permutations of one purpose, as `permute` takes it."""
+    return int(integers(seed, 0, purpose, 1)[0] >> np.uint64(1))
+
+
+def choose_samples(seed: int, num_samples: int, count: int = 0) -> NDArray[np.int64]:
+    """A fixed random choice of samples to measure on: `[count]` numbers in range(num_samples), ascending.
+
+    A larger choice contains the smaller one; 0, or more than there are, means all.
+    """
+    count = min(count or num_samples, num_samples)
+    return np.sort(permute(key(seed, "measured images"), 0, np.arange(count), num_samples))
 
 
 @contextmanager

@@ -3,70 +3,59 @@
 Every image gets a bank of jittered views. From the clean image and the action that leads to one of the views,
 the predictor imagines that view's tokens; the rank of the true view among the bank, by distance to what was
 imagined, is 1 for a model that knows the action (equivariant) and anything for one that ignores it.
+
+Two halves: `rank_images` runs the model, image by image, so that many workers can share the images;
+`summarise` makes figures of the joined tables. `measure_mrr` is both.
+
+**Cost.** A bank of n views costs n passes of the target encoder; each target costs a pass of the predictor. The
+first views of a bank, which are drawn like all others, serve as targets: 8 of 256 give an estimate of the same
+figure, for a few per cent above the encoding. With `num_targets=num_views` every view serves once, as METHOD has
+it; that costs a predictor pass a view, which is half of an encoder's (ViT-B, 12 x 384) to twice (equal sizes).
+To narrow the interval, more images are the better buy: ranks within one bank resemble each other.
 """
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_ray import randomness
 from iwm_ray.errors import UsageError
+from iwm_ray.evaluation.banks import alone, bank_draws, bank_tensors, clean_actions
 from iwm_ray.evaluation.features import measuring, model_device
+from iwm_ray.evaluation.intervals import means
+from iwm_ray.evaluation.ranking import average_ranks, chance_mrr, pooled_distances, token_distances
 from iwm_ray.evaluation.shuffle import derangement
 from iwm_ray.model.iwm import IWM
-from iwm_ray.views.device import device_views
-from iwm_ray.views.draws import Draws, Keys
+from iwm_ray.views.draws import Draws
 from iwm_ray.views.policy import ViewPolicy
 
-_TIE = 1e-9  # distances are float64 of the order of 1: equal views differ by 1e-15, others by far more
-_TOKENS_AT_ONCE = 64  # turned to float64 at a time: bounds the memory beside the float32 tokens
-_NUM_RESAMPLES = 2000  # of the bootstrap: its ends are then steady to some hundredths of the interval
+Table = dict[str, NDArray]
+"""One row an image; tables of disjoint images are joined by `np.concatenate` of each column"""
+
+NUM_VIEWS, NUM_TARGETS = 256, 8
+CHEAP_VIEWS, CHEAP_TARGETS = 32, 4
+"""for readings while a model trains: an eighth of the cost; comparable with each other only (chance is 0.127)"""
+
+BATCH_SIZE = 64
+"""on one CPU thread a fifth faster than 256, whose activations leave the cache; for a GPU give more"""
+
+_HITS = (1, 5, 10)
+_WITH_HITS = ("rank", "pooled_rank")
 
 
 @dataclass(frozen=True)
 class MrrResult:
-    """Ranks of every view of every bank, and what a picture of them needs; k images with n views each."""
+    """The figures, and what a picture of them needs."""
 
     metrics: dict[str, float]
-    """`mrr/mrr`; `mrr/mrr_low` and `mrr/mrr_high` (95 % bootstrap interval over images); `mrr/chance`;
-    `mrr/adjusted` (0: chance, 1: perfect); `mrr/h1`, `mrr/h5`, `mrr/h10` (share of ranks up to 1, 5, 10);
-    `mrr/pooled` (by the cosine of the mean tokens); `mrr/zero_action`; `mrr/shuffled_action`; with
-    `by_component` also `mrr/<component>`"""
+    """see `summarise`"""
+    table: Table
+    """see `rank_images`; k images with m targets in banks of n views"""
     draws: Draws
     """k * n rows, the views of an image one after the other"""
-    actions: NDArray[np.float32]
-    """`[k n a]`, from the clean image to the view"""
-    ranks: NDArray[np.float64]
-    """`[k n]` of the true views, 1..n"""
-    zero_ranks: NDArray[np.float64]
-    """`[k n]`, where the prediction had the null action"""
-    shuffled_ranks: NDArray[np.float64]
-    """`[k n]`, where it had the action of another view of the same image"""
-    nearest: NDArray[np.int64]
-    """`[k n]`, the view that lies next to the prediction"""
-    zero_nearest: NDArray[np.int64]
-    """`[k]`, the view next to the prediction with the null action"""
-    shuffled: NDArray[np.int64]
-    """`[k n]`, the view whose action stood in for this one's"""
-
-
-@dataclass(frozen=True)
-class _BankKeys(Keys):
-    """Draws for `num_views` views of each image; a larger bank begins with the smaller one."""
-
-    num_views: int
-
-    def __len__(self) -> int:
-        return len(self.samples) * self.num_views
-
-    def uniforms(self, purpose: str, count: int) -> NDArray[np.float64]:
-        numbers = randomness.uniforms(self.seed, 0, self.samples, f"mrr {purpose}", self.num_views * count)
-        return numbers.reshape(-1, count)
 
 
 def measure_mrr(
@@ -75,32 +64,78 @@ def measure_mrr(
     policy: ViewPolicy,
     *,
     seed: int,
-    num_views: int = 256,
-    batch_size: int = 256,
+    num_views: int = NUM_VIEWS,
+    num_targets: int = NUM_TARGETS,
+    batch_size: int = BATCH_SIZE,
     by_component: bool = False,
+    inverse: bool = False,
 ) -> MrrResult:
-    """Measures how well the predictor tells the views of an image apart.
+    """Ranks and figures of `[k s s 3]` images, numbered as they come; for the arguments see `rank_images`."""
+    numbers = np.arange(len(images))
+    table = rank_images(
+        model,
+        policy,
+        images,
+        numbers,
+        seed=seed,
+        num_views=num_views,
+        num_targets=num_targets,
+        batch_size=batch_size,
+        by_component=by_component,
+        inverse=inverse,
+    )
+    return MrrResult(summarise(table, seed), table, bank_draws(policy, numbers, num_views, seed))
 
-    Each bank holds views with the policy's target jitter, always applied; each view serves as the target
-    once. The target encoder encodes the views whole; the predictor gets the context encoder's tokens of the
-    whole clean image and predicts the whole grid. Distance: mean over the tokens of the squared L2; ties get
-    their average rank. An image costs `num_views` passes of encoder and predictor, and one more of each.
+
+def rank_images(
+    model: IWM,
+    policy: ViewPolicy,
+    images: NDArray[np.uint8],
+    numbers: NDArray[np.int64],
+    *,
+    seed: int,
+    num_views: int = NUM_VIEWS,
+    num_targets: int = NUM_TARGETS,
+    batch_size: int = BATCH_SIZE,
+    by_component: bool = False,
+    inverse: bool = False,
+) -> Table:
+    """Measures how well the predictor tells the views of each image apart.
+
+    Each bank holds views with the policy's target jitter, always applied. The target encoder encodes the views
+    whole; the predictor gets the context encoder's tokens of the whole clean image and predicts the whole grid.
+    A row of the table depends on its image, its number and the arguments, never on the other images.
 
     Controls: with the null action all views of an image get the same prediction, which makes chance by
     construction (less where distances tie); with shuffled actions a model that knows the action falls below
     chance, since it is sure of another view.
 
+    Inverse: the context encoder sees a view, the action leads back, and the clean image must be found among the
+    views; it takes the place of the view that follows the seen one, so that chance is the same, and the seen one
+    stays, as the answer of a model that changes nothing. The clean image lies in the middle of its bank, so that
+    a model which imagines the middle finds it without any action: read the figure beside its own controls.
+
     Differs: the paper does not say what its banks do with ties and with views that the jitter left alone.
 
     Args:
         model: keeps its weights and training flags; runs where it is, under the caller's autocast.
-        images: `[k s s 3]` RGB, clean centre crops of the policy's size, at least one.
         policy: its target jitter makes the banks.
-        seed: of the banks; image number i gets the same one in every call.
+        images: `[k s s 3]` RGB, clean centre crops of the policy's size, at least one.
+        numbers: `[k]`, which image each is; the same number and seed give the same bank in every call.
+        seed: of the banks.
         num_views: n, at least 2.
+        num_targets: m, at least 2; the first m views serve as targets, at most all.
         batch_size: views in one forward pass.
-        by_component: measure also banks that vary in one component of the jitter alone, each at the same cost
+        by_component: rank also in banks that vary in one component of the jitter alone, each at the same cost
             again. Such a bank is crowded: its views differ by 1/n of one strength.
+        inverse: rank also the way back: m passes of the context encoder and 3 m of the predictor.
+
+    Returns:
+        `number`, `num_views` `[k]`; `rank` `[k m]` of the true views in 1..n by the token distance, also with the
+        null action (`zero_action_rank`) and that of another target (`shuffled_action_rank`), all three also by
+        the cosine of the mean tokens (`pooled_...`) and, if asked for, `inverse_...`; `<component>_rank`;
+        `nearest` `[k m]` and `zero_nearest` `[k]`, the view next to the prediction; `shuffled` `[k m]`, the
+        target whose action stood in.
 
     Raises:
         UsageError: the jitter has no strength: all views of a bank would be equal.
@@ -109,180 +144,141 @@ def measure_mrr(
         raise UsageError(
             "views.brightness, contrast, saturation, hue are all 0: MRR needs views that differ; raise one"
         )
-    draws = bank_draws(policy, len(images), num_views, seed)
-    shuffled = np.stack([derangement(seed, number, num_views) for number in range(len(images))])
-    ranker = _Ranker(model, policy, batch_size)
+    ranker = _Ranker(model, policy, seed, num_views, min(num_targets, num_views), batch_size)
     with measuring(model):
-        table = ranker.table(images, draws, shuffled)
-        metrics = _metrics(table, seed)
-        for field in policy.target_jitter.fields if by_component else ():
-            if field.scale:
-                ranks = ranker.table(images, _alone(policy, draws, field.name), shuffled)["ranks"]
-                metrics[f"mrr/{field.name}"] = float((1 / ranks).mean())
-    del table["pooled_ranks"]
-    actions = clean_actions(policy, draws).reshape(*shuffled.shape, -1)
-    return MrrResult(metrics, draws, actions, shuffled=shuffled, **table)
+        # Nothing is read back from the device before the last image is ranked.
+        rows = [
+            ranker.row(image, int(number), by_component, inverse)
+            for image, number in zip(images, numbers, strict=True)
+        ]
+    table: Table = {name: torch.stack([row[name] for row in rows]).cpu().numpy() for name in rows[0]}
+    return {"number": np.asarray(numbers), "num_views": np.full(len(rows), num_views)} | table
 
 
-def bank_draws(policy: ViewPolicy, num_images: int, num_views: int, seed: int) -> Draws:
-    """Draws of the banks: `num_images * num_views` rows, nothing but the target jitter, always applied."""
-    images = np.arange(num_images)
-    keys = _BankKeys(seed, np.zeros_like(images), images, num_views)
-    return policy.identity(len(keys)) | replace(policy.target_jitter, probability=1.0).sample(keys)
-
-
-def bank_views(policy: ViewPolicy, image: NDArray[np.uint8], draws: Draws) -> NDArray[np.uint8]:
-    """The views of one image's bank: `[s s 3]` and n rows of draws -> `[n s s 3]`."""
-    rows = range(len(draws["target_jitter"]))
-    return np.stack([policy.target_jitter.apply(image, draws, row) for row in rows])
-
-
-def clean_actions(policy: ViewPolicy, draws: Draws) -> NDArray[np.float32]:
-    """`[n a]`: what leads from the clean image to the views."""
-    # Where sources are made from targets, the target's jitter cancels and the action leaves it out; between
-    # the clean image and its view it does not cancel.
-    return replace(policy, source_base="crop").encode(draws)
-
-
-def chance_mrr(num_views: int) -> float:
-    """MRR of a random order: the mean of 1 / rank over all ranks."""
-    return sum(1 / rank for rank in range(1, num_views + 1)) / num_views
-
-
-def token_distances(predictions: Tensor, bank: Tensor) -> Tensor:
-    """Mean over the tokens of the squared L2, as a share of the mean squared length of the bank's tokens.
-
-    In float64: near a good prediction |p|^2 - 2 pq + |q|^2 cancels to the last digits of float32. The share
-    makes distances comparable to one tolerance; the ranks do not depend on it.
-
-    Args:
-        predictions: `[p n d]`.
-        bank: `[k n d]`.
+def summarise(table: Mapping[str, NDArray], seed: int) -> dict[str, float]:
+    """The figures of a table of `rank_images`, or of several joined.
 
     Returns:
-        `[p k]` float64, 0 or more.
+        `mrr/mrr`; `mrr/adjusted` (0: chance, 1: perfect); `mrr/h1`, `mrr/h5`, `mrr/h10` (share of ranks up to 1,
+        5, 10); `mrr/mean_rank`; `mrr/zero_action`, `mrr/shuffled_action`; the same by pooled cosine as
+        `mrr/pooled`, `mrr/pooled_...`; `mrr/inverse`, `mrr/inverse_...` and `mrr/<component>` where the table has
+        them. Each is a mean over images with the ends of its 95 % interval as `<name>_low` and `<name>_high`.
+        `mrr/chance` is exact.
     """
-    distances = torch.zeros(len(predictions), len(bank), dtype=torch.float64, device=bank.device)
-    length = torch.zeros((), dtype=torch.float64, device=bank.device)
-    for some_predictions, some_bank in zip(
-        predictions.split(_TOKENS_AT_ONCE, dim=1), bank.split(_TOKENS_AT_ONCE, dim=1), strict=True
-    ):
-        p, q = some_predictions.flatten(1).double(), some_bank.flatten(1).double()
-        squares = q.square().sum(1)
-        distances += p.square().sum(1)[:, None] - 2 * p @ q.T + squares
-        length += squares.mean()
-    return distances.clamp_min(0) / length.clamp_min(torch.finfo(torch.float64).tiny)
+    (num_views,) = {int(count) for count in table["num_views"]}
+    chance = chance_mrr(num_views)
+    columns: dict[str, NDArray] = {}
+    for name in (name for name in table if name.endswith("rank")):
+        ranks, short = table[name], name.removesuffix("rank").removesuffix("_")
+        prefix = f"{short}_" if short else ""
+        columns[f"mrr/{short or 'mrr'}"] = mrr = (1 / ranks).mean(1)
+        if name in _WITH_HITS:
+            columns[f"mrr/{prefix}adjusted"] = (mrr - chance) / (1 - chance)
+            columns |= {f"mrr/{prefix}h{place}": (ranks <= place).mean(1) for place in _HITS}
+            columns[f"mrr/{prefix}mean_rank"] = ranks.mean(1)
+    return {"mrr/chance": chance} | means(columns, seed)
 
 
-def pooled_distances(predictions: Tensor, bank: Tensor) -> Tensor:
-    """1 - cosine of the mean tokens: `[p n d]` and `[k n d]` -> `[p k]` float64, 0..2."""
-    p, q = (F.normalize(tokens.mean(1, dtype=torch.float64), dim=1) for tokens in (predictions, bank))
-    return 1 - p @ q.T
-
-
-def average_ranks(distances: Tensor) -> Tensor:
-    """The rank of candidate i in row i, the nearest being 1; equal distances share the mean of their ranks.
+def rank_rows(table: Mapping[str, NDArray], policy: ViewPolicy, seed: int) -> dict[str, NDArray]:
+    """One row for each target, for Parquet: which actions does the model find, and which not?
 
     Args:
-        distances: `[n n]` float64, of the order of 1.
+        table: of `rank_images`, or several joined.
+        policy: with which it was made.
+        seed: with which it was made.
 
     Returns:
-        `[n]` float64 in 1..n, whole or half numbers.
+        columns of k * m values: `image` (its number), `view`, the ranks as they are named there, and what made the
+        view: brightness, contrast, saturation (factors), hue (turns), and `order` of the four as digits.
     """
-    true = distances.diagonal()[:, None]
-    nearer = (distances < true - _TIE).sum(1)
-    equal = ((distances - true).abs() <= _TIE).sum(1)  # counts itself
-    return nearer + (equal + 1) / 2.0
+    num_images, num_targets = table["rank"].shape
+    draws = bank_draws(policy, table["number"], num_targets, seed)
+    rows = {
+        "image": table["number"].repeat(num_targets),
+        "view": np.tile(np.arange(num_targets), num_images),
+        **{name: column.reshape(-1) for name, column in table.items() if name.endswith("rank")},
+        **{field.name: draws[f"target_{field.name}"] for field in policy.target_jitter.fields},
+    }
+    return rows | {"order": np.array(["".join(map(str, order)) for order in draws["target_order"]])}
 
 
 @dataclass(frozen=True)
 class _Ranker:
-    """Ranks the views of images; reads nothing back from the device before the last image is ranked."""
+    """Ranks the targets of one image at a time; shapes as in `rank_images`."""
 
     model: IWM
     policy: ViewPolicy
+    seed: int
+    num_views: int
+    num_targets: int
     batch_size: int
 
-    def rank(self, image: NDArray[np.uint8], draws: Draws, shuffled: NDArray[np.int64]) -> dict[str, Tensor]:
-        """`[s s 3]` clean image, n rows of draws, `[n]` stand-ins -> this image's columns of MrrResult."""
-        device = model_device(self.model)
-        num_parts = math.ceil(len(shuffled) / self.batch_size)
-        clean = torch.tensor(image)[None].to(device)
-        views = self._views(clean, draws)
-        bank = torch.cat([self.model.target_tokens(part) for part in views.tensor_split(num_parts)])
-        actions = torch.from_numpy(clean_actions(self.policy, draws)).to(device)
-        actions = torch.cat([actions, torch.zeros_like(actions[:1])])  # the last row: the null action
-        context, grid = self.model.encoder(_channels_first(clean)), torch.arange(bank.shape[1], device=device)
-        by_tokens, by_pooled = [], []
-        for part in actions.tensor_split(num_parts):
-            idx = grid.expand(len(part), -1)
-            prediction = self.model.predictor(context.expand(len(part), -1, -1), idx, idx, part)
-            by_tokens.append(token_distances(prediction, bank))
-            by_pooled.append(pooled_distances(prediction, bank))
-        distances, zero = torch.cat(by_tokens).split([len(shuffled), 1])
-        return {
-            "ranks": average_ranks(distances),
-            "zero_ranks": average_ranks(zero.expand_as(distances)),
-            "shuffled_ranks": average_ranks(distances[torch.from_numpy(shuffled).to(device)]),
-            "pooled_ranks": average_ranks(torch.cat(by_pooled)[:-1]),
-            "nearest": distances.argmin(1),
-            "zero_nearest": zero[0].argmin(),
-        }
+    def row(
+        self, image: NDArray[np.uint8], number: int, by_component: bool, inverse: bool
+    ) -> dict[str, Tensor]:
+        """`[s s 3]` clean image -> its row of the table."""
+        draws = bank_draws(self.policy, np.array([number]), self.num_views, self.seed)
+        clean, views = bank_tensors(self.policy, image, draws, model_device(self.model))
+        shuffled = torch.from_numpy(derangement(self.seed, number, self.num_targets)).to(clean.device)
+        context, bank, actions = self.model.encoder(clean), self._encode(views), self._actions(draws)
+        row = {"shuffled": shuffled} | self._forward(context, bank, actions, shuffled)
+        if inverse:
+            row |= self._inverse(clean, views, bank, actions, shuffled)
+        for field in self.policy.target_jitter.fields if by_component else ():
+            if field.scale:
+                some = alone(self.policy, draws, field.name)
+                bank = self._encode(bank_tensors(self.policy, image, some, clean.device)[1])
+                prediction = self._predict(context, self._actions(some))
+                row[f"{field.name}_rank"] = average_ranks(token_distances(prediction, bank), self._places)
+        return row
 
-    def table(
-        self, images: NDArray[np.uint8], draws: Draws, shuffled: NDArray[np.int64]
-    ) -> dict[str, NDArray]:
-        """The columns of MrrResult for k images, k * n rows of draws and `[k n]` stand-ins."""
-        found = [
-            self.rank(image, _rows(draws, number * len(others), len(others)), others)
-            for number, (image, others) in enumerate(zip(images, shuffled, strict=True))
-        ]
-        return {name: torch.stack([row[name] for row in found]).cpu().numpy() for name in found[0]}
+    def _forward(self, context: Tensor, bank: Tensor, actions: Tensor, shuffled: Tensor) -> dict[str, Tensor]:
+        """From the clean image to its views; the controls cost one more prediction."""
+        prediction = self._predict(context, torch.cat([actions, torch.zeros_like(actions[:1])]))
+        by_tokens, by_pooled = token_distances(prediction, bank), pooled_distances(prediction, bank)
+        row = {"nearest": by_tokens[:-1].argmin(1), "zero_nearest": by_tokens[-1].argmin()}
+        for prefix, distances in (("", by_tokens), ("pooled_", by_pooled)):
+            true, zero = distances[:-1], distances[-1:].expand(self.num_targets, -1)
+            row[f"{prefix}rank"] = average_ranks(true, self._places)
+            row[f"{prefix}zero_action_rank"] = average_ranks(zero, self._places)
+            row[f"{prefix}shuffled_action_rank"] = average_ranks(true[shuffled], self._places)
+        return row
 
-    def _views(self, clean: Tensor, draws: Draws) -> Tensor:
-        """`[1 s s 3]` -> `[n 3 s s]` uint8, on the image's device."""
-        # On CPUs OpenCV is ten times faster than torch.
-        if clean.device.type == "cpu":
-            return _channels_first(torch.from_numpy(bank_views(self.policy, clean[0].numpy(), draws)))
-        return device_views(clean.expand(len(draws["flip"]), -1, -1, -1), draws, self.policy)[1]
+    def _inverse(
+        self, clean: Tensor, views: Tensor, bank: Tensor, actions: Tensor, shuffled: Tensor
+    ) -> dict[str, Tensor]:
+        """From each target view back to the clean image."""
+        sources = torch.cat([self.model.encoder(part) for part in self._parts(views[: self.num_targets])])
+        candidates, following = self._encode(clean), (self._places + 1) % self.num_views
+        back = 0.0 - actions
+        named = {"": back, "zero_action_": torch.zeros_like(back), "shuffled_action_": back[shuffled]}
+        row = {}
+        for name, action in named.items():
+            prediction = self._predict(sources, action)
+            distances = token_distances(prediction, torch.cat([bank, candidates]))
+            among = distances[:, :-1].scatter(1, following[:, None], distances[:, -1:])
+            row[f"inverse_{name}rank"] = average_ranks(among, following)
+        return row
 
+    @property
+    def _places(self) -> Tensor:
+        return torch.arange(self.num_targets, device=model_device(self.model))
 
-def _channels_first(images: Tensor) -> Tensor:
-    return images.permute(0, 3, 1, 2)
+    def _actions(self, draws: Draws) -> Tensor:
+        """`[m a]`, from the clean image to the targets."""
+        actions = clean_actions(self.policy, draws)[: self.num_targets]
+        return torch.from_numpy(actions).to(model_device(self.model))
 
+    def _encode(self, views: Tensor) -> Tensor:
+        return torch.cat([self.model.target_tokens(part) for part in self._parts(views)])
 
-def _rows(draws: Draws, first: int, count: int) -> Draws:
-    return {name: column[first : first + count] for name, column in draws.items()}
+    def _predict(self, context: Tensor, actions: Tensor) -> Tensor:
+        """`[1 n d]` or `[m n d]` tokens of the sources and `[m a]` -> `[m n d]`, the whole grid."""
+        context = context.expand(len(actions), -1, -1)
+        grid = torch.arange(context.shape[1], device=context.device).expand(len(actions), -1)
+        parts = zip(self._parts(context), self._parts(grid), self._parts(actions), strict=True)
+        return torch.cat([self.model.predictor(tokens, idx, idx, action) for tokens, idx, action in parts])
 
-
-def _metrics(table: dict[str, NDArray], seed: int) -> dict[str, float]:
-    ranks = table["ranks"]
-    by_image = (1 / ranks).mean(1)
-    mrr, chance = float(by_image.mean()), chance_mrr(ranks.shape[1])
-    low, high = _bootstrap(by_image, seed)
-    return {
-        "mrr/mrr": mrr,
-        "mrr/mrr_low": low,
-        "mrr/mrr_high": high,
-        "mrr/chance": chance,
-        "mrr/adjusted": (mrr - chance) / (1 - chance),
-        **{f"mrr/h{k}": float((ranks <= k).mean()) for k in (1, 5, 10)},
-        "mrr/pooled": float((1 / table["pooled_ranks"]).mean()),
-        "mrr/zero_action": float((1 / table["zero_ranks"]).mean()),
-        "mrr/shuffled_action": float((1 / table["shuffled_ranks"]).mean()),
-    }
-
-
-def _bootstrap(values: NDArray[np.float64], seed: int) -> tuple[float, float]:
-    """Ends of the 95 % percentile interval of the mean of `[k]` values."""
-    uniform = randomness.uniforms(seed, 0, np.arange(_NUM_RESAMPLES), "mrr bootstrap", len(values))
-    means = values[(uniform * len(values)).astype(np.int64)].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def _alone(policy: ViewPolicy, draws: Draws, component: str) -> Draws:
-    """The same draws with all of the jitter but `component` at its identity."""
-    identity = policy.target_jitter.identity(len(draws["target_jitter"]))
-    kept = ("target_jitter", "target_order", f"target_{component}")
-    return draws | {name: column for name, column in identity.items() if name not in kept}
+    def _parts(self, rows: Tensor) -> Iterator[Tensor]:
+        """Parts of nearly equal size, none above the batch size."""
+        return iter(rows.tensor_split(-(-len(rows) // self.batch_size)))

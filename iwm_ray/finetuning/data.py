@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from iwm_ray.build import clean
 from iwm_ray.config import Config
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
@@ -23,6 +22,7 @@ from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.features import Features, measuring, model_device
 from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
 from iwm_ray.randomness import integers, uniforms
+from iwm_ray.views.resize import clean_view
 
 _READ_AT_ONCE = 256
 _CHOICE_EPOCH = 2**31 - 2
@@ -96,14 +96,14 @@ class ImageRows:
         """`[h w 3]` and the image's `[2]` draws -> `[3 s s]` uint8."""
         augment = self.augment
         if augment is None:
-            return _channels_first(clean(image, self.size))
+            return _channels_first(clean_view(image, self.size))
         from torchvision.transforms import v2  # seconds to load, and only augmentation needs it
 
         steps: list[nn.Module] = []
         if augment.crop_area < 1:
             steps.append(v2.RandomResizedCrop(self.size, scale=(augment.crop_area, 1.0), antialias=True))
         else:
-            image = clean(image, self.size)
+            image = clean_view(image, self.size)
         if augment.randaugment:
             steps.append(v2.RandAugment(num_ops=2, magnitude=augment.randaugment))
         pixels = _channels_first(image)

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from iwm_ray.evaluation.mrr import MrrResult, bank_views
+from iwm_ray.evaluation.banks import bank_views, clean_actions
+from iwm_ray.evaluation.mrr import MrrResult
 from iwm_ray.pictures.style import DPI, GREEN, GREY, HEADING, INK, ORANGE, RED, SMALL, TEXT, TITLE, show_image
 from iwm_ray.pictures.words import action_words
 from iwm_ray.views.policy import ViewPolicy
@@ -69,10 +70,11 @@ def retrieval_gallery(
 
 
 def _choose(result: MrrResult, num_rows: int, num_worst: int) -> list[_Case]:
-    num_images = len(result.ranks)
+    ranks = result.table["rank"]
+    num_images = len(ranks)
     plain = np.unique(np.linspace(0, num_images - 1, min(num_rows, num_images)).astype(int))
-    worst_views = result.ranks.argmax(1)
-    order = np.argsort(-result.ranks.max(1), kind="stable")[:num_worst]
+    worst_views = ranks.argmax(1)
+    order = np.argsort(-ranks.max(1), kind="stable")[:num_worst]
     cases = [_Case(int(image), 0, False) for image in plain]
     return cases + [_Case(int(image), int(worst_views[image]), True) for image in order]
 
@@ -86,8 +88,8 @@ def _write_title(figure: Figure, result: MrrResult, conditioning: str) -> None:
     )
     lines = (
         f"conditioning: {conditioning};  true view ranked first in {metrics['mrr/h1']:.1%}, among the first ten in "
-        f"{metrics['mrr/h10']:.1%} of {result.ranks.size:,} cases\n"
-        f"({result.ranks.shape[1]} views of {len(result.ranks)} images);  MRR with the null action "
+        f"{metrics['mrr/h10']:.1%} of {result.table['rank'].size:,} cases\n"
+        f"({len(result.table['rank'])} images, each with {result.table['num_views'][0]} views);  MRR with the null action "
         f"{metrics['mrr/zero_action']:.3f}, with another view's action {metrics['mrr/shuffled_action']:.3f}"
     )
     left = _EDGE / width
@@ -112,30 +114,31 @@ def _draw_case(
 ) -> None:
     source, words, target, *imagined = axes
     image, view, _ = case
-    num_views = result.ranks.shape[1]
+    table, num_views = result.table, int(result.table["num_views"][image])
     rows = slice(image * num_views, (image + 1) * num_views)
-    bank = bank_views(policy, images[image], {name: column[rows] for name, column in result.draws.items()})
+    draws = {name: column[rows] for name, column in result.draws.items()}
+    bank = bank_views(policy, images[image], draws)
     show_image(source, images[image])
     source.set_xlabel(f"image {image + 1}", fontsize=SMALL, color=GREY, labelpad=3)
-    _write_action(words, result, policy, case)
+    _write_action(words, clean_actions(policy, draws)[view], policy, case.worst)
     show_image(target, bank[view])
     target.set_xlabel(f"view {view + 1} of {num_views}", fontsize=SMALL, color=GREY, labelpad=3)
     nearest = (
-        result.nearest[image, view],
-        result.zero_nearest[image],
-        result.nearest[image, result.shuffled[image, view]],
+        table["nearest"][image, view],
+        table["zero_nearest"][image],
+        table["nearest"][image, table["shuffled"][image, view]],
     )
-    ranks = (result.ranks[image, view], result.zero_ranks[image, view], result.shuffled_ranks[image, view])
+    ranks = (table[f"{name}rank"][image, view] for name in ("", "zero_action_", "shuffled_action_"))
     for column, found, rank in zip(imagined, nearest, ranks, strict=True):
         color = GREEN if rank <= 1 else ORANGE if rank <= _NEAR else RED
         show_image(column, bank[found], frame=color, frame_width=2)
         column.set_xlabel(f"rank {rank:g}", fontsize=TEXT, color=INK, fontweight="bold", labelpad=3)
 
 
-def _write_action(axes: Axes, result: MrrResult, policy: ViewPolicy, case: _Case) -> None:
+def _write_action(axes: Axes, action: NDArray[np.float32], policy: ViewPolicy, worst: bool) -> None:
     axes.set_axis_off()
     axes.title.set(x=0, ha="left")
-    phrases = action_words(result.actions[case.image, case.view], policy.schema)
+    phrases = action_words(action, policy.schema)
     axes.text(0, 0.5, "\n".join(phrases), fontsize=TEXT, color=INK, va="center", linespacing=1.7)
-    if case.worst:
+    if worst:
         axes.text(0, 0.97, "among the worst", fontsize=TEXT, color=RED, fontweight="bold", va="top")

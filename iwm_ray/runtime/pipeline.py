@@ -6,11 +6,13 @@ segment. The tasks of a segment start only as the trainer takes their rows.
 """
 
 import copy
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import ray
 import ray.data
 from ray.data import DataContext, Dataset, ExecutionOptions
 from ray.data.block import Block, BlockAccessor, BlockMetadata
@@ -26,8 +28,8 @@ _BLOCK_BYTES = 30 * 2**20
 _TASK_BYTES = 2 * _BLOCK_BYTES
 # Ray cuts what a function yields where it exceeds a block's target size: one made for each block, a little smaller.
 _TARGET_SHARE = 0.9
-# Announcing a task takes Ray 0.2 ms, and the trainer waits a second between two segments.
-_TASKS_PER_SEGMENT = 4096
+# Ray needs 0.3 ms to take note of a task, before the first one runs: few enough to start soon, enough for minutes.
+_TASKS_PER_SEGMENT = 2048
 # A task whose process dies (a decoder that crashes, no memory) is tried again this often; Ray's default is for ever.
 _TASK_RETRIES = 3
 
@@ -96,7 +98,8 @@ class _Stream(Datasource):
 
     def __init__(self, feed: Feed, layout: Layout) -> None:
         super().__init__()
-        self._feed, self._layout = feed, layout
+        # Every task is pickled by itself: what all of them need is stored once.
+        self._feed, self._row_bytes, self._layout = ray.put(feed), feed.row_bytes, layout
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
@@ -104,11 +107,10 @@ class _Stream(Datasource):
         # Ray counts the executions of a dataset here and nowhere else (its own shuffles are seeded by it). Were it
         # to go away, training would refuse the second segment: its rows would be those of other steps.
         segment = data_context._execution_idx if data_context else 0
-        feed, rows = self._feed, self._layout.block_rows
         return [
             ReadTask(
-                lambda task=task: _blocks(feed, task, rows),
-                BlockMetadata(len(task), len(task) * feed.row_bytes, None, None),
+                functools.partial(_blocks, self._feed, task, self._layout.block_rows),
+                BlockMetadata(len(task), len(task) * self._row_bytes, None, None),
             )
             for task in self._layout.tasks(segment)
         ]
@@ -117,7 +119,8 @@ class _Stream(Datasource):
         return None
 
 
-def _blocks(feed: Feed, counters: range, block_rows: int) -> Iterator[Block]:
+def _blocks(shared: "ray.ObjectRef[Feed]", counters: range, block_rows: int) -> Iterator[Block]:
+    feed = ray.get(shared)
     for first in range(counters.start, counters.stop, block_rows):
         columns = feed.rows(np.arange(first, min(first + block_rows, counters.stop)))
         yield BlockAccessor.batch_to_arrow_block(columns)

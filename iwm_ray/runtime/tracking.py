@@ -121,6 +121,8 @@ def check_uri(config: Config) -> str | None:
         folder = next(parent for parent in file.parents if parent.exists())
         if not os.access(file if file.exists() else folder, os.W_OK):
             raise UsageError(f"tracking.uri {uri}: not writable; choose another tracking.uri, or none")
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and file.is_relative_to(Path.cwd()):
+            return f"tracking.uri {uri} lies in the submitted job's own folder, which Ray removes; give one that stays"
     if not uri.startswith("http"):
         return None
     problem = _probe(uri)

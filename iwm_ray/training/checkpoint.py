@@ -42,6 +42,7 @@ from iwm_ray.training.manifest import (
     Manifest,
     Record,
     folder_name,
+    has_all_bytes,
     is_intact,
     list_manifests,
     read_manifest,
@@ -325,11 +326,15 @@ def _publish(stage: Path, path: Path) -> None:
 
 
 def _retain(directory: Path) -> None:
-    """Removes all but the newest two and the best, after these have been read back and checked."""
+    """Removes all but the newest two and the best.
+
+    The newest is read back and checked first. The others were, when they were the newest; that their files have kept
+    their sizes is enough now: reading gigabytes again at every save would cost more than the step that was saved.
+    """
     manifests, _ = list_manifests(directory)
-    if len(manifests) <= NUM_KEPT:
+    if len(manifests) <= NUM_KEPT or not is_intact(*manifests[0]):
         return
-    intact = [(path, manifest) for path, manifest in manifests if is_intact(path, manifest)]
+    intact = [(path, manifest) for path, manifest in manifests if has_all_bytes(path, manifest)]
     kept = [path for path, _ in intact[:NUM_KEPT]]
     if len(kept) < NUM_KEPT:
         return

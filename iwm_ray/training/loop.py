@@ -76,6 +76,10 @@ class StepStats:
     learning_rate: float
     weight_decay: float
     momentum: float
+    counter: Tensor
+    """`[b]` places in the stream of this worker's samples"""
+    sample_loss: Tensor
+    """`[b]`, of each of them"""
     data_wait: float = 0.0
     """seconds spent waiting for the batch"""
 
@@ -150,14 +154,24 @@ def train_step(state: TrainState, batch: Batch, forward: Forward) -> StepStats:
     momentum = schedules.momentum(*at, schedule)
 
     set_rates(state.optimizer, learning_rate, weight_decay)
-    loss = _accumulate_gradients(state, batch, forward)
+    loss, sample_loss = _accumulate_gradients(state, batch, forward)
     grad_norm, skipped = apply_gradients(state.optimizer, optimizer.clip_grad_norm)
     state.optimizer.zero_grad()
     # Momentum 1 leaves the target encoder where it is.
     state.model.update_target(1 - (1 - momentum) * (1 - skipped.double()))
     state.skipped = torch.stack((state.skipped[0] + skipped, (state.skipped[1] + 1) * skipped)).long()
     state.step += 1
-    return StepStats(state.step, loss, grad_norm, state.skipped, learning_rate, weight_decay, momentum)
+    return StepStats(
+        state.step,
+        loss,
+        grad_norm,
+        state.skipped,
+        learning_rate,
+        weight_decay,
+        momentum,
+        batch.counter,
+        sample_loss,
+    )
 
 
 def autocast(config: RuntimeConfig, device: torch.device) -> torch.autocast:
@@ -170,17 +184,23 @@ def uses_bfloat16(config: RuntimeConfig, device: torch.device) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and device.type != "cpu")
 
 
-def _accumulate_gradients(state: TrainState, batch: Batch, forward: Forward) -> Tensor:
-    """Forward and backward, part by part; DDP's workers exchange gradients with the last part. Returns the mean loss."""
+def _accumulate_gradients(state: TrainState, batch: Batch, forward: Forward) -> tuple[Tensor, Tensor]:
+    """Forward and backward, part by part; DDP's workers exchange gradients with the last part.
+
+    Returns:
+        the mean loss, and `[b]` that of each sample.
+    """
     runtime = state.config.runtime
     parts = batch.split(runtime.accumulation_steps)
-    losses = []
+    losses, sample_losses = [], []
     for number, part in enumerate(parts, start=1):
         local = number < len(parts) and isinstance(forward, DistributedDataParallel)
         with forward.no_sync() if local else nullcontext():  # type: ignore[attr-defined]
             with autocast(runtime, state.device):
-                loss = forward(part).loss / len(parts)
+                output = forward(part)
+            loss = output.loss / len(parts)
             # An overflown loss can have finite gradients; NaN makes every worker leave the step out.
             (loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)).backward()
         losses.append(loss.detach())
-    return torch.stack(losses).sum()
+        sample_losses.append(output.sample_loss)
+    return torch.stack(losses).sum(), torch.cat(sample_losses)

@@ -47,8 +47,21 @@ class MetricsLog:
             metrics: name, such as `train/loss`, -> number (a scalar tensor is read).
         """
         new = {name: float(value) for name, value in metrics.items() if step > self._last_step.get(name, -1)}
-        if not new:
-            return
+        if new:
+            self._write(step, new)
+
+    def correct(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Adds figures that were measured again, on more images than those of the same names before; they count from
+        now on, and what was written stays."""
+        known: dict[str, Any] = {}
+        for line in read(self._path):
+            if line["step"] == step:
+                known |= line
+        new = {name: float(value) for name, value in metrics.items() if known.get(name) != float(value)}
+        if new:
+            self._write(step, new)
+
+    def _write(self, step: int, new: Mapping[str, float]) -> None:
         self._last_time = max(
             self._last_time, time.time()
         )  # a clock set back must not make time run backwards

@@ -1,9 +1,9 @@
 """Antialiased bilinear resize of a crop, as two products with banded matrices.
 
 The same function as torchvision's antialiased bilinear resize and Pillow's `resize(..., BILINEAR)`: a
-triangle filter as wide as the scale. NumPy's small matrix products are 1.3 (ImageNet's sizes) to 1.7 times (large
-photographs) faster than Pillow; torch would be faster still, but importing it would cost each data worker
-seconds and 300 MB.
+triangle filter as wide as the scale. NumPy's small matrix products are 1.7 times faster than Pillow
+on ImageNet's sizes; torch would be 1.6 times faster still, but importing it would cost each data worker seconds
+and 300 MB.
 
 The weights are multiples of 1/256 that sum to one. A uint8 value times two such weights needs 24 bits, so
 every product and every partial sum is exact in float32: the result is the same on every machine, whatever its
@@ -17,35 +17,43 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 6  # rows of one small product; so small that OpenBLAS keeps to the calling thread
+_BLOCK = 8  # rows of one small product; so small that OpenBLAS keeps to the calling thread
 _UNITS = 256  # weights are multiples of 1/256
+
+
+CLEAN_VIEW = "clean-view-1"
+"""names `clean_view` in caches; a change of what it computes needs a new name"""
+
+
+def clean_view(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The view in which images are measured: `[h w 3]` uint8 as it is, but square, its middle, `[size size 3]`."""
+    height, width, _ = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize(image[top : top + side, left : left + side], size)
 
 
 def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Resizes `[h w 3]` uint8 to `[size size 3]` uint8; `image` may be a strided view of a larger one."""
     height, width, channels = image.shape
-    columns = np.empty((size, width * channels), np.float32)
-    starts, weights = _bands(height, size)
+    rows = _shorten(np.ascontiguousarray(image).reshape(height, -1).astype(np.float32), size)
+    # Turned over and back, so that both directions are products from the left: a third of the work of one from the
+    # right, which would have to step over the channels.
+    columns = _shorten(cv2.transpose(rows.reshape(size, width, channels)).reshape(width, -1), size)
+    return cv2.transpose(cv2.convertScaleAbs(columns).reshape(size, size, channels))
+
+
+def _shorten(rows: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """`[h k]` -> `[size k]`."""
+    resized = np.empty((size, rows.shape[1]), np.float32)
+    starts, weights = _bands(len(rows), size)
     for first, start, block in zip(range(0, size, _BLOCK), starts, weights, strict=True):
-        rows = image[start : start + block.shape[1]].astype(np.float32).reshape(-1, width * channels)
-        np.matmul(block[: size - first], rows, out=columns[first : first + _BLOCK])
-    resized = np.empty((size, size * channels), np.float32)
-    starts, weights = _bands(width, size)
-    matrices = _for_pixels(weights, channels)
-    for first, start, block in zip(range(0, size, _BLOCK), starts, matrices, strict=True):
-        part = slice(first * channels, (first + _BLOCK) * channels)
-        rows = columns[:, start * channels : start * channels + len(block)]
-        np.matmul(rows, block[:, : (size - first) * channels], out=resized[:, part])
-    return cv2.convertScaleAbs(resized).reshape(size, size, channels)
-
-
-def _for_pixels(weights: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
-    """`[k o i]` weights of rows as `[k i*c o*c]` matrices that act on interleaved channels from the right."""
-    num_blocks, num_out, num_in = weights.shape
-    matrices = np.zeros((num_blocks, num_in, channels, num_out, channels), np.float32)
-    for channel in range(channels):
-        matrices[:, :, channel, :, channel] = weights.transpose(0, 2, 1)
-    return matrices.reshape(num_blocks, num_in * channels, num_out * channels)
+        np.matmul(
+            block[: size - first],
+            rows[start : start + block.shape[1]],
+            out=resized[first : first + _BLOCK],
+        )
+    return resized
 
 
 @functools.lru_cache(maxsize=512)

@@ -6,7 +6,8 @@ from matplotlib.colors import to_hex
 from skimage import data
 
 from iwm_ray.config import Config, EncoderConfig, PredictorConfig, ViewsConfig
-from iwm_ray.evaluation.mrr import MrrResult, bank_views, measure_mrr
+from iwm_ray.evaluation.banks import bank_views
+from iwm_ray.evaluation.mrr import MrrResult, measure_mrr
 from iwm_ray.model.iwm import build_model
 from iwm_ray.pictures.retrieval import retrieval_gallery
 from iwm_ray.pictures.style import GREEN
@@ -36,7 +37,7 @@ def test_rows_for_some_images_and_for_the_worst(result: MrrResult, legible) -> N
     assert len(figure.axes) == 6 * (3 + 2)  # three images only, of four rows asked for
     texts = legible(figure)
     assert texts.count("among the worst") == 2
-    assert f"rank {result.ranks.max():g}" in texts
+    assert f"rank {result.table['rank'].max():g}" in texts
     title = next(text for text in texts if "MRR" in text and "chance" in text)
     assert f"{result.metrics['mrr/mrr']:.3f}" in title
     assert any("conditioning: feature" in text for text in texts)
@@ -52,7 +53,8 @@ def test_the_number_of_rows_can_be_chosen(num_rows: int, num_worst: int, result:
 
 def test_long_numbers_still_fit(result: MrrResult, legible) -> None:
     """Half ranks, large banks and the longest name of a conditioning."""
-    large = replace(result, ranks=result.ranks + 1000.5, zero_ranks=result.zero_ranks + 1000.5)
+    larger = {name: result.table[name] + 1000.5 for name in ("rank", "zero_action_rank")}
+    large = replace(result, table=result.table | larger)
     legible(retrieval_gallery(large, IMAGES, POLICY, "sequence"))
 
 
@@ -60,15 +62,16 @@ def test_the_pictures_are_the_banks_views(result: MrrResult) -> None:
     axes = retrieval_gallery(result, IMAGES, POLICY, "feature", num_rows=1, num_worst=0).axes
     bank = bank_views(POLICY, IMAGES[0], {name: column[:NUM_VIEWS] for name, column in result.draws.items()})
     shown = [np.asarray(column.images[0].get_array()) for column in axes if column.images]
-    others = result.nearest[0, result.shuffled[0, 0]]
-    expected = (IMAGES[0], bank[0], bank[result.nearest[0, 0]], bank[result.zero_nearest[0]], bank[others])
+    nearest, other = result.table["nearest"][0], result.table["shuffled"][0, 0]
+    found = (nearest[0], result.table["zero_nearest"][0], nearest[other])
+    expected = (IMAGES[0], bank[0], *(bank[view] for view in found))
     assert all(np.array_equal(a, b) for a, b in zip(shown, expected, strict=True))
 
 
 def test_only_a_first_rank_is_framed_green(result: MrrResult) -> None:
-    found = replace(result, ranks=np.ones_like(result.ranks))
+    found = replace(result, table=result.table | {"rank": np.ones_like(result.table["rank"])})
     axes = retrieval_gallery(found, IMAGES, POLICY, "feature", num_rows=2, num_worst=0).axes
     frames = [to_hex(column.spines["top"].get_edgecolor()) for column in axes]
     assert frames[3::6] == [GREEN.lower()] * 2
-    ranks = np.concatenate([found.zero_ranks[[0, 2], 0], found.shuffled_ranks[[0, 2], 0]])
+    ranks = np.concatenate([found.table[f"{name}_action_rank"][[0, 2], 0] for name in ("zero", "shuffled")])
     assert [frame == GREEN.lower() for frame in frames[4::6] + frames[5::6]] == (ranks <= 1).tolist()

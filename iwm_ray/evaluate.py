@@ -1,0 +1,197 @@
+"""`python -m iwm_ray.evaluate RUN`: is this a world model, and is its representation good?
+
+Every figure stands beside what untrained weights score and beside chance, with its 95 % interval.
+"""
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iwm_ray import cli
+from iwm_ray.errors import UsageError
+from iwm_ray.evaluation.settings import EvaluateConfig
+from iwm_ray.evaluation.table import table_lines
+from iwm_ray.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from iwm_ray.measurement import Measurement, TaskResult
+    from iwm_ray.runtime.measure import Progress
+    from iwm_ray.trained import Trained
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command and exits with its code."""
+    sys.exit(cli.run_command(_main, sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: Sequence[str]) -> None:
+    options = _parser().parse(arguments)
+    from iwm_ray.trained import Trained
+
+    trained = Trained.open(options.run, options.checkpoint)
+    config = read_config(trained, options)
+    measurement = open_measurement(trained, config, "-cheap" if options.cheap else "")
+    if options.dry_run:
+        print("\n".join(plan_lines(measurement)))
+        return
+    results = [measurement.run(task) for task in measurement.settings.tasks]
+    print("\n".join(table_lines(together(results))))
+    print(f"results      {measurement.folder}")
+    track(trained, config, results)
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m iwm_ray.evaluate",
+        description="Measure a trained world model and its representation. Results that are there are not computed again.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument(
+        "--checkpoint", default="newest", metavar="WHICH", help="newest, best, or the step of a kept one"
+    )
+    parser.add_argument(
+        "--cheap", action="store_true", help="a thirtieth of the work, for use while a run trains"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, measure nothing"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="the same as --measure.tasks")
+    cli.add_common_options(parser)
+    cli.add_settings(parser, EvaluateConfig)
+    return parser
+
+
+def read_config(trained: "Trained", options: argparse.Namespace) -> EvaluateConfig:
+    """The configuration of the command line over the run's own data, cache and tracking.
+
+    Raises:
+        UsageError: a value is wrong.
+    """
+    run, chosen = trained.config, vars(options)
+    tree = EvaluateConfig().model_dump()
+    tree["data"], tree["tracking"] = run.data.model_dump(), run.tracking.model_dump()
+    tree["runtime"]["cache"] = run.runtime.cache
+    if "data.path" in chosen:  # the run's own test images are of other training images
+        tree["data"]["test_path"] = ""
+    cli.override(tree, options)
+    if options.tasks:
+        tree["measure"]["tasks"] = options.tasks
+    config = cli.validate_as(EvaluateConfig, tree)
+    return config.model_copy(update={"measure": config.measure.cheap()}) if options.cheap else config
+
+
+def open_measurement(trained: "Trained", config: EvaluateConfig, suffix: str = "") -> "Measurement":
+    """Opens the images and, for engine ray, the cluster; `suffix` ends the name of the folder of results.
+
+    Raises:
+        UsageError: images, encoders or resources that are not there.
+    """
+    from iwm_ray.data.decode import DecodeLimits
+    from iwm_ray.data.index import Index
+    from iwm_ray.measurement import Measurement
+    from iwm_ray.progress import scanning
+
+    cache = Path(config.runtime.cache).expanduser().absolute()
+    if not config.data.path:
+        raise UsageError("data.path is empty; give --data.path and, for probes, --data.test-path")
+    train = Index.open(config.data, config.data.path, cache, scanning(config.data.path))
+    test = None
+    if config.data.test_path:
+        test = Index.open(config.data, config.data.test_path, cache, scanning(config.data.test_path))
+    if config.runtime.engine == "ray":
+        _connect(trained, config)
+    measurement = Measurement(
+        trained,
+        config.measure,
+        config.runtime.model_copy(update={"cache": str(cache)}),
+        DecodeLimits.from_config(config.data),
+        train,
+        test,
+        trained.run.path / "evaluation" / f"step_{trained.step:08d}{suffix}",
+        _Progress(),
+    )
+    _ = measurement.encoders  # a wrong name is found before anything is measured
+    return measurement
+
+
+def _connect(trained: "Trained", config: EvaluateConfig) -> None:
+    from iwm_ray.runtime import cluster
+
+    asked = trained.config.model_copy(update={"runtime": config.runtime})
+    cluster.preflight(asked)
+    cluster.connect(asked)
+
+
+def plan_lines(measurement: "Measurement") -> list[str]:
+    """What `--dry-run` prints."""
+    settings, trained = measurement.settings, measurement.trained
+    banks = settings.images * settings.views * (1 + 4 * settings.components)
+    return [
+        f"plan of {measurement.folder}",
+        f"  model      {trained.path}",
+        f"  tasks      {' '.join(settings.tasks)}",
+        f"  images     {len(measurement.train):,} training, "
+        + (f"{len(measurement.test):,} test" if measurement.test else "a fifth of them held out for testing"),
+        f"  views      {banks:,} to encode for MRR, twice: trained and untrained",
+        f"  encoders   {', '.join(encoder.name for encoder in measurement.encoders.values())}",
+    ]
+
+
+def together(results: Sequence["TaskResult"]) -> dict[str, dict[str, float]]:
+    """Subject -> all its figures."""
+    found: dict[str, dict[str, float]] = {}
+    for result in results:
+        for subject, metrics in result.measured.items():
+            found.setdefault(subject, {}).update(metrics)
+    return found
+
+
+def track(trained: "Trained", config: EvaluateConfig, results: Sequence["TaskResult"]) -> None:
+    """Adds the figures to the run's metrics, and so to its MLflow run."""
+    from iwm_ray import summary
+    from iwm_ray.measurement import TRAINED
+    from iwm_ray.runtime.tracking import NullTracker, open_tracker
+    from iwm_ray.training.metrics_log import MetricsLog
+
+    run = RunDirectory(trained.run.path)
+    tracked = trained.config.model_copy(update={"tracking": config.tracking})
+    has_mlflow = importlib.util.find_spec("mlflow") is not None
+    try:
+        with run.lock():
+            MetricsLog(run.metrics).correct(trained.step, together(results)[TRAINED])
+            summary.renew(run)
+            with open_tracker(run.path, tracked, run.path.name) if has_mlflow else NullTracker() as tracker:
+                for file in sorted((run.path / "evaluation").rglob("*.*")):
+                    tracker.log_file(file, f"evaluation/{file.parent.name}")
+                tracker.finish()
+    except UsageError as error:  # the run is still training, and its directory is its own
+        print(f"not tracked: {error}", file=sys.stderr)
+
+
+class _Progress:
+    """Prints a line now and then: task, subject, share done, time left."""
+
+    def __call__(self, task: str, subject: str) -> "Progress":
+        begin, shown = time.monotonic(), [time.monotonic()]
+
+        def show(done: int, total: int) -> None:
+            now = time.monotonic()
+            if now - shown[0] < _SECONDS_BETWEEN_LINES:
+                return
+            shown[0] = now
+            left = (now - begin) * (total - done) / max(done, 1)
+            print(f"{task}, {subject}: {done:,} of {total:,}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+        return show
+
+
+if __name__ == "__main__":
+    main()
