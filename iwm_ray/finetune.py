@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -95,10 +95,20 @@ def finetune(experiment: "Experiment") -> None:
         found = summary.summarise(results, experiment.tasks)
         found = {"status": "finished", "step": experiment.trained.step} | found
         write_json(experiment.folder / "summary.json", found)
+        _draw(experiment, found)
     print("\n".join(summary.lines(found)))
     print(f"summary      {experiment.folder / 'summary.json'}")
+    print(f"picture      {experiment.folder / 'efficiency.png'}")
     for folder in sorted((experiment.folder / "adapters").glob("*/")):
         print(f"adapter      {folder}")
+
+
+def _draw(experiment: "Experiment", found: dict[str, Any]) -> None:
+    from iwm_ray.pictures.efficiency import accuracy_against_parameters
+
+    title = f"Finetuning of {experiment.trained.config.recipe}, step {experiment.trained.step}"
+    figure = accuracy_against_parameters(found["efficiency"], title)
+    figure.savefig(experiment.folder / "efficiency.png")
 
 
 def plan_lines(experiment: "Experiment") -> list[str]:
