@@ -24,6 +24,7 @@ LAYERS = [
     ["session", "plan_report", "progress"],
     ["summary"],
     ["runtime"],
+    ["measurement"],
     ["pretrain", "evaluate", "visualize", "finetune", "replay", "__main__"],
 ]
 # Siblings that must not know each other: they meet in Batch and in one integer.

@@ -57,7 +57,7 @@ def test_world_model_and_representation_are_measured_beside_untrained_weights(ru
     assert trained["mrr/mrr_low"] <= trained["mrr/mrr"] <= trained["mrr/mrr_high"]
     assert trained["mrr/chance"] == pytest.approx(sum(1 / rank for rank in range(1, 9)) / 8)
     assert {"mrr/inverse", "mrr/hue"} <= set(trained)
-    ranks = pyarrow.parquet.read_table(next(run.glob("evaluation/*/mrr-ranks.parquet")))
+    ranks = pyarrow.parquet.read_table(next(run.glob("evaluation/*/mrr-trained.parquet")))
     assert ranks.num_rows == 6 * 4
     assert len(set(ranks["row_id"].to_pylist())) == 6
     assert trained["mrr/mrr"] == pytest.approx(np.mean(1 / ranks["rank"].to_numpy()))
@@ -65,6 +65,22 @@ def test_world_model_and_representation_are_measured_beside_untrained_weights(ru
     assert set(heads["encoder"].to_pylist()) == {"trained", "untrained"}
     assert "MRR" in said.out
     assert "linear probe" in said.out
+
+
+def test_actions_and_errors_are_measured(run, evaluate):
+    code, said = evaluate(run, "--tasks", "action_r2", "error", measure__images=20)
+    assert code == 0, said.err
+    found = results(run)
+    for subject in ("trained", "untrained"):
+        figures = found["action_r2"]["measured"][subject]
+        assert {"action_r2/mean", "action_r2/hue", "action_r2/blur", "rank/lidar"} <= set(figures)
+        assert figures["action_r2/mean_low"] <= figures["action_r2/mean"] <= figures["action_r2/mean_high"]
+        errors = pyarrow.parquet.read_table(
+            next(run.glob(f"evaluation/*/error-{subject}.parquet"))
+        ).to_pandas()
+        hue = errors[(errors["component"] == "hue") & (errors["distance"] > 0)]
+        share = found["error"]["measured"][subject]["error/hue"]
+        assert share == pytest.approx(hue["error"].sum() / hue["null_error"].sum())
 
 
 def test_the_figures_become_the_runs_own(run, evaluate):
@@ -128,7 +144,7 @@ def test_cheap_results_stand_apart(run, evaluate):
         (("--checkpoint", "7"), "kept are the steps"),
         (("--tasks", "mrs"), "measure.tasks.0 'mrs'"),
         (("--measure.encoders", "resnet10x"), "timm has no such model"),
-        (("--measure.layers", "99"), "layer"),
+        (("--tasks", "knn", "--measure.layers", "99"), "layer"),
         (("--data.path", "/nowhere"), "/nowhere"),
         (("--measure.imagse", "3"), "unknown argument '--measure.imagse'; did you mean '--measure.images'"),
     ],

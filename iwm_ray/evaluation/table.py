@@ -17,6 +17,9 @@ _NAMES = {
     "mrr/pooled": "MRR by pooled cosine",
     "mrr/inverse": "MRR of the way back",
     "action_r2/mean": "R\N{SUPERSCRIPT TWO} of the action from two views",
+    "action_r2/prediction_mean": "the same from source and prediction",
+    "action_r2/source_mean": "the same from the source alone",
+    "error/mean": "prediction error, share of the null action's",
     "rank/rankme": "RankMe",
     "rank/lidar": "LiDAR",
     "knn/top1": "kNN",
@@ -27,7 +30,7 @@ _NAMES = {
 }
 # A component of the action, or a probe of an earlier layer; the ends of intervals stand in the cells.
 _DETAIL = re.compile(
-    r"(mrr|action_r2)/(brightness|contrast|saturation|hue|grayscale|blur|solarize)|.*/top1_layer\d+"
+    r"(mrr|action_r2|error)/(brightness|contrast|saturation|hue|grayscale|blur|solarize)|.*/top1_layer\d+"
 )
 
 

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from iwm_ray.evaluation.banks import bank_views, clean_actions
 from iwm_ray.evaluation.features import measuring
-from iwm_ray.evaluation.mrr import bank_views, clean_actions
 from iwm_ray.model.iwm import IWM
 from iwm_ray.pictures.imagine import imagined_tokens, view_tokens
 from iwm_ray.pictures.style import DPI, GREY, HEADING, INK, PALE, SMALL, TEXT, TITLE, show_image

@@ -55,9 +55,9 @@ def worst_part(result: MrrResult, images: NDArray[np.uint8], policy: ViewPolicy,
         "The same for the images with the worst ranks, one view each. Look for what they have in common: are they views "
         "that lost much of the picture, very dark or burnt out, or is one component of the action always large?"
     )
-    worst = np.sort(result.ranks.max(1))[::-1][:_NUM_WORST]
+    worst = np.sort(result.table["rank"].max(1))[::-1][:_NUM_WORST]
     words = ", ".join(f"{rank:g}" for rank in worst)
-    alt = f"The views with the worst ranks: {words} of {result.ranks.shape[1]}."
+    alt = f"The views with the worst ranks: {words} of {result.table['num_views'][0]}."
     figure = retrieval_gallery(result, images, policy, conditioning, num_rows=0, num_worst=_NUM_WORST)
     return Part("retrieval-worst", "Where it fails", caption, ((figure, alt),))
 

@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from iwm_ray.evaluation.banks import bank_draws, bank_views, clean_actions
 from iwm_ray.evaluation.features import measuring
-from iwm_ray.evaluation.mrr import bank_draws, bank_views, clean_actions, token_distances
+from iwm_ray.evaluation.ranking import token_distances
 from iwm_ray.model.iwm import IWM
 from iwm_ray.pictures.imagine import imagined_tokens, view_tokens
 from iwm_ray.pictures.style import (
@@ -139,7 +140,7 @@ def _bank(policy: ViewPolicy, field: ActionField, seed: int) -> Draws:
     name = f"target_{field.name}"
     values = field.identity + np.linspace(-field.scale, field.scale, NUM_STEPS)
     sweep |= {name: values.astype(np.float32), "target_jitter": np.ones(NUM_STEPS, bool)}
-    others = bank_draws(policy, 1, NUM_DISTRACTORS, seed)
+    others = bank_draws(policy, np.arange(1), NUM_DISTRACTORS, seed)
     return {column: np.concatenate([sweep[column], others[column]]) for column in sweep}
 
 

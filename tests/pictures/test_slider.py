@@ -8,7 +8,7 @@ from skimage import data
 from torch import nn
 
 from iwm_ray.config import ViewsConfig
-from iwm_ray.evaluation.mrr import bank_views
+from iwm_ray.evaluation.banks import bank_views
 from iwm_ray.pictures.slider import NUM_DISTRACTORS, NUM_STEPS, agreement, measure_slides, slider_sheet
 from iwm_ray.pictures.style import GREEN, ORANGE, RED
 from iwm_ray.views.policy import ViewPolicy
