@@ -89,7 +89,7 @@ def components_part(
     caption = (
         f"Banks of {num_views} views of {num_images} images that differ in one component only; whiskers: 95 % intervals. "
         "Look for: blue bars that reach beyond the dashed line of chance and beyond the grey bars of the same network "
-        "before training. Views of such a bank differ little, so these bars are lower than that of all components "
+        "before training. Views of such a bank differ little, so these bars are usually lower than that of all components "
         "together: compare them with each other."
     )
     named = [name for name in components if f"mrr/{name}" in trained]
