@@ -110,7 +110,7 @@ def _draw_bars(
             axes.plot([low, high], [place, place], color=INK, linewidth=1.2, marker="|", markersize=5)
         # Beside the axes, not beside the bar: whiskers and the line of chance cross nothing there.
         axes.annotate(
-            f"{value:.3f}{interval}",
+            f"{value:.3f}{interval}".replace("-", "\N{MINUS SIGN}"),
             (1, place),
             (6, 0),
             xycoords=("axes fraction", "data"),
@@ -155,7 +155,7 @@ def error_curves(rows: Sequence[ErrorRow]) -> Figure:
         axes = figure.add_subplot(1, len(components), number + 1)
         own = [row for row in rows if row.component == component]
         # The wide line stays visible where a model that ignores actions makes the two one.
-        _draw_error(axes, own, [row.null_error for row in own], ORANGE, "null action", width=3.6)
+        _draw_error(axes, own, [row.null_error for row in own], ORANGE, "null action", width=3.0)
         _draw_error(axes, own, [row.error for row in own], BLUE, "true action", width=1.4)
         axes.set_title(component, fontsize=HEADING, color=INK, loc="left")
         axes.set_ylim(0, highest * 1.05 or 1.0)

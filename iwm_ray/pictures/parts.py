@@ -69,7 +69,8 @@ def slider_part(slides: Sequence[Slide], images: NDArray[np.uint8], policy: View
         "One component of the action moves over its range while the others stay put (numbers: deviation from the "
         "unchanged image; hue in turns of the colour circle). Look for: the lower line changes as the upper one does, and "
         "the curve follows the dashed diagonal. A model that ignores the action shows the same view all along, a flat "
-        f"curve and agreement 0. Agreement here: {words}."
+        f"curve and agreement 0. Agreement here: {words}. (Grayscale, blur and solarize are only ever undone, and a clean "
+        "image has none of them; so they have no slider.)"
     )
     figures = [
         (
@@ -88,7 +89,7 @@ def components_part(
     caption = (
         f"Banks of {num_views} views of {num_images} images that differ in one component only; whiskers: 95 % intervals. "
         "Look for: blue bars that reach beyond the dashed line of chance and beyond the grey bars of the same network "
-        "before training. Views of such a bank differ little, so these bars are lower than that of all components "
+        "before training. Views of such a bank differ little, so these bars are usually lower than that of all components "
         "together: compare them with each other."
     )
     named = [name for name in components if f"mrr/{name}" in trained]

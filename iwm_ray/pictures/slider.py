@@ -171,7 +171,7 @@ def _write_frame(figure: Figure, slides: Sequence[Slide], shown: int) -> None:
     width, height = figure.get_size_inches()
     left = _EDGE / width
     mean = np.mean([slide.agreements.mean() for slide in slides])
-    title = f"One component moves: does what is imagined follow?  Agreement {mean:.2f}"
+    title = f"One component moves: does what is imagined follow?  Agreement {_signed(mean)}"
     line = (
         f"Agreement: 1 where the retrieved view follows the action, 0 where it ignores it; mean of {len(slides[0].found)} "
         f"images. Views of image {shown + 1}; bank of {NUM_STEPS + NUM_DISTRACTORS} views."
@@ -240,7 +240,7 @@ def _draw_curve(figure: Figure, slide: Slide, top: float, shown: int) -> None:
             axes.plot(slide.asked, found, color=SKY, linewidth=0.8, alpha=0.6)
     axes.plot(slide.asked, slide.found[shown], color=BLUE, linewidth=1.6)
     axes.set_title(
-        f"agreement {slide.agreements.mean():.2f}", fontsize=TEXT, color=INK, pad=4, fontweight="bold"
+        f"agreement {_signed(slide.agreements.mean())}", fontsize=TEXT, color=INK, pad=4, fontweight="bold"
     )
     axes.set_xlim(-reach * 1.06, reach * 1.06)
     axes.set_ylim(-reach * 1.06, reach * 1.06)
@@ -253,6 +253,10 @@ def _draw_curve(figure: Figure, slide: Slide, top: float, shown: int) -> None:
     axes.set_ylabel("found", fontsize=SMALL, color=GREY, labelpad=-8)
     axes.grid(color=PALE, linewidth=0.6)
     axes.spines[:].set_color(PALE)
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _amount(deviation: float, field: ActionField) -> str:

@@ -49,7 +49,7 @@ def test_bars_at_chance_do_not_look_long():
 def test_action_r2_beside_guessing_the_mean(value, legible):
     figure = action_r2_bars({"action_r2/mean": 0.4, "action_r2/hue": value}, [*COMPONENTS, "grayscale"])
     texts = legible(figure)
-    assert {"mean", "hue", f"{value:.3f}", "always guessing the mean: 0"} <= set(texts)
+    assert {"mean", "hue", f"{value:.3f}".replace("-", "−"), "always guessing the mean: 0"} <= set(texts)
     assert "blur" not in texts
     low, high = figure.axes[0].get_xlim()
     assert low <= value <= high
