@@ -5,22 +5,26 @@ command again runs what is not finished. Runs in this process.
 """
 
 import argparse
+import importlib.util
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from iwm_ray import cli
+from iwm_ray.config import RuntimeConfig
+from iwm_ray.errors import UsageError
 from iwm_ray.finetuning.settings import FinetuneConfig
 from iwm_ray.progress import duration
 from iwm_ray.run_directory import RunDirectory, write_json
 
 if TYPE_CHECKING:
     from iwm_ray.finetuning.arms import Arm
-    from iwm_ray.finetuning.experiment import Experiment
+    from iwm_ray.finetuning.experiment import Experiment, Extract
+    from iwm_ray.trained import Trained
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -37,7 +41,7 @@ def _main(arguments: Sequence[str]) -> None:
     from iwm_ray.trained import Trained
 
     trained = Trained.open(options.run, options.checkpoint)
-    experiment = Experiment.open(trained, config, options.output)
+    experiment = Experiment.open(trained, config, options.output, extract_with(trained, config))
     if options.dry_run:
         print("\n".join(plan_lines(experiment)))
         return
@@ -85,6 +89,36 @@ def read_config(options: argparse.Namespace) -> FinetuneConfig:
     return cli.validate_as(FinetuneConfig, tree)
 
 
+def extract_with(trained: "Trained", config: FinetuneConfig) -> "Extract":
+    """Tokens by the measuring runtime, which keeps them on the disk for the next finetuning."""
+    import torch
+
+    from iwm_ray.evaluation.encoders import LAST, RunEncoder
+    from iwm_ray.evaluation.features import Features
+    from iwm_ray.finetuning.data import ImageRows
+    from iwm_ray.finetuning.experiment import cache_of
+    from iwm_ray.runtime.measure import extract
+
+    use_gpu = config.runtime.device == "cuda" or (
+        config.runtime.device == "auto" and torch.cuda.is_available()
+    )
+    runtime = RuntimeConfig(engine="local", use_gpu=use_gpu, precision=config.runtime.precision)
+
+    def make(encoder: RunEncoder, rows: ImageRows) -> Features:
+        found = extract(
+            encoder,
+            rows.index,
+            rows.samples,
+            runtime=runtime,
+            limits=rows.limits,
+            cache=cache_of(trained, config),
+            pooled=False,
+        )
+        return found[LAST]
+
+    return make
+
+
 def finetune(experiment: "Experiment") -> None:
     """Runs all arms that are not finished, writes the summary and prints it."""
     from iwm_ray.finetuning import summary
@@ -93,9 +127,10 @@ def finetune(experiment: "Experiment") -> None:
         experiment.start()
         results = experiment.run(_Progress(experiment).say)
         found = summary.summarise(results, experiment.tasks)
-        found = {"status": "finished", "step": experiment.trained.step} | found
+        found |= {"status": "finished", "step": experiment.trained.step}
         write_json(experiment.folder / "summary.json", found)
         _draw(experiment, found)
+        track(experiment, found["metrics"])
     print("\n".join(summary.lines(found)))
     print(f"summary      {experiment.folder / 'summary.json'}")
     print(f"picture      {experiment.folder / 'efficiency.png'}")
@@ -109,6 +144,33 @@ def _draw(experiment: "Experiment", found: dict[str, Any]) -> None:
     title = f"Finetuning of {experiment.trained.config.recipe}, step {experiment.trained.step}"
     figure = accuracy_against_parameters(found["efficiency"], title)
     figure.savefig(experiment.folder / "efficiency.png")
+
+
+def track(experiment: "Experiment", metrics: Mapping[str, float]) -> None:
+    """Adds the figures to the run's metrics and to its MLflow run, unless --output is elsewhere."""
+    from iwm_ray import summary
+    from iwm_ray.runtime.tracking import NullTracker, open_tracker
+    from iwm_ray.training.metrics_log import MetricsLog
+
+    trained = experiment.trained
+    run = RunDirectory(trained.run.path)
+    if not experiment.folder.is_relative_to(run.path):
+        return
+    try:
+        with run.lock():
+            MetricsLog(run.metrics).correct(trained.step, metrics)
+            summary.renew(run)
+            has_mlflow = importlib.util.find_spec("mlflow") is not None
+            with (
+                open_tracker(run.path, trained.config, run.path.name)
+                if has_mlflow
+                else NullTracker() as tracker
+            ):
+                for name in ("summary.json", "efficiency.png"):
+                    tracker.log_file(experiment.folder / name, f"finetune/{experiment.folder.name}")
+                tracker.finish()
+    except UsageError as error:  # the run is still training, and its directory is its own
+        print(f"not tracked: {error}", file=sys.stderr)
 
 
 def plan_lines(experiment: "Experiment") -> list[str]:

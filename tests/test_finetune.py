@@ -174,6 +174,39 @@ def test_encoder_and_both_from_augmented_images(clean_run, tmp_path):
     assert parameters["both"] > parameters["encoder"]
 
 
+def test_figures_join_those_of_the_run(clean_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(clean_run, run)
+    assert finetune(run, *PHOTOS, *SMALL, "--seeds", 0) == 0
+    (folder,) = (run / "finetune").iterdir()
+    assert folder.name.startswith("photos_tiny-")
+    measured = read(folder / "summary.json")["metrics"]
+    assert measured.items() <= read(run / "summary.json")["metrics"].items()
+    assert (folder / "efficiency.png").stat().st_size > 10_000
+    assert iwm_ray.load(next((folder / "adapters").iterdir())).tuned.is_frozen
+    # The run may move, with everything in it.
+    moved = run.rename(tmp_path / "moved")
+    assert iwm_ray.load(next((moved / "finetune" / folder.name / "adapters").iterdir())).class_names
+
+
+def test_an_output_elsewhere_leaves_the_run_alone(finetuned, clean_run):
+    assert "finetune/photos_tiny/top1" not in read(clean_run / "summary.json")["metrics"]
+    assert not (clean_run / "finetune").exists()
+
+
+def test_tokens_are_kept_for_the_next_time(clean_run, tmp_path):
+    cache = tmp_path / "cache"
+    options = [*PHOTOS, *SMALL, "--seeds", 0, "--runtime.cache", cache]
+    assert finetune(clean_run, *options, "--output", tmp_path / "one") == 0
+    kept = sorted((cache / "features").iterdir())
+    assert len(kept) == 2  # training and test images
+    assert finetune(clean_run, *options, "--head", "linear", "--output", tmp_path / "two") == 0
+    assert sorted((cache / "features").iterdir()) == kept
+    flips = ["--augment.flip-probability", 0.5, "--output", tmp_path / "three"]
+    assert finetune(clean_run, *options, *flips) == 0
+    assert len(list((cache / "features").iterdir())) == 3
+
+
 def test_a_dry_run_creates_nothing(clean_run, tmp_path, capsys):
     output = tmp_path / "out"
     assert finetune(clean_run, *PHOTOS, *SMALL, "--output", output, "--dry-run") == 0

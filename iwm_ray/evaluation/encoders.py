@@ -54,6 +54,10 @@ class RunEncoder:
     trained: Trained
     which: Literal["target", "context", "untrained"] = "target"
     """untrained: the weights of step 0, from which both encoders started"""
+    for_predictor: bool = False
+    """the tokens as the predictor was trained to read them: without the layer norm of the targets"""
+    mirrored: bool = False
+    """those of the horizontally flipped images"""
 
     @property
     def name(self) -> str:
@@ -67,7 +71,8 @@ class RunEncoder:
         config = self.trained.config
         start = [config.seed, config.encoder.model_dump(mode="json"), config.views.image_size]
         weights = start if self.which == "untrained" else self.trained.hash
-        return digest(_PREPROCESSING, self.which, weights, config.predictor.normalize_targets)
+        mirrored = ("mirrored",) if self.mirrored else ()
+        return digest(_PREPROCESSING, self.which, weights, self._is_normalized, *mirrored)
 
     @property
     def image_size(self) -> int:
@@ -82,7 +87,11 @@ class RunEncoder:
         """
         model = self.trained.untrained() if self.which == "untrained" else self.trained.load()
         encoder = model.encoder if self.which == "context" else model.target_encoder
-        return _RunTokens(encoder, self.trained.config.predictor.normalize_targets)
+        return _RunTokens(encoder, self._is_normalized, self.mirrored)
+
+    @property
+    def _is_normalized(self) -> bool:
+        return self.trained.config.predictor.normalize_targets and not self.for_predictor
 
 
 @dataclass(frozen=True)
@@ -196,10 +205,11 @@ FrozenEncoder = RunEncoder | TimmEncoder
 
 
 class _RunTokens(TokenModel):
-    def __init__(self, encoder: Encoder, normalize: bool) -> None:
+    def __init__(self, encoder: Encoder, normalize: bool, mirrored: bool) -> None:
         super().__init__()
         self.encoder = encoder
         self.normalize = normalize
+        self.mirrored = mirrored
 
     def tokens(self, images: Tensor, layers: Sequence[int] = (LAST,)) -> list[Tensor]:
         blocks = self.encoder.vit.blocks
@@ -208,7 +218,7 @@ class _RunTokens(TokenModel):
         with ExitStack() as hooks:
             for layer in set(layers) - {LAST}:
                 hooks.enter_context(blocks[layer].register_forward_hook(partial(_keep, found, layer)))
-            found[LAST] = self.encoder(images)
+            found[LAST] = self.encoder(images.flip(3) if self.mirrored else images)
         return [self._normalized(found[layer]) for layer in layers]
 
     def _normalized(self, tokens: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
 from iwm_ray.data.read import Reader
 from iwm_ray.errors import RunError, UsageError
-from iwm_ray.evaluation.features import Features, measuring, model_device
+from iwm_ray.evaluation.encoders import RunEncoder
+from iwm_ray.evaluation.features import Features, measuring
 from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
 from iwm_ray.randomness import integers, uniforms
 from iwm_ray.views.resize import clean_view
@@ -126,7 +127,8 @@ class TokenRows:
         return len(self.plain.labels)
 
     def rows(self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int) -> Drawn:
-        tokens, samples = self.plain.values[places], self.plain.samples[places]
+        samples = self.plain.samples[places]
+        tokens = self.plain.values[places].astype(np.float32)  # float16 on the disk
         if self.flipped is not None:
             turned = _draws(seed, epochs, samples)[:, 1] < self.flip_probability
             tokens[turned] = self.flipped.values[places[turned]]
@@ -240,24 +242,28 @@ def _open_task(
     return task
 
 
-def encode(rows: ImageRows, encoder: nn.Module, name: str, batch_size: int = _READ_AT_ONCE) -> Features:
-    """Tokens of a frozen encoder for every readable image, in the order of the rows.
+def encode(encoder: RunEncoder, rows: ImageRows, batch_size: int = _READ_AT_ONCE) -> Features:
+    """Tokens of a frozen encoder for every readable image, in the order of the rows; in this process, on the CPU.
 
     Args:
-        rows: whole images; `augment` may ask for a flip alone.
-        encoder: `[b 3 s s]` uint8 -> `[b n d]`; used as it is, on its device.
-        name: names encoder, images and transform.
+        encoder: whose tokens.
+        rows: whole images, not augmented.
         batch_size: images in one forward pass.
     """
+    model = encoder.load()
     values, labels, samples = [], [], []
-    device = model_device(encoder)
-    with measuring(encoder):
-        for places in _in_parts(len(rows), batch_size):
-            drawn = rows.rows(places, np.zeros_like(places), 0)
-            values.append(encoder(drawn.inputs.to(device)).float().cpu().numpy())
+    with measuring(model):
+        for drawn in in_order(rows, batch_size):
+            values.append(model.tokens(drawn.inputs)[0].numpy())
             labels.append(drawn.labels.numpy())
             samples.append(drawn.samples)
-    return Features(np.concatenate(values), np.concatenate(labels), np.concatenate(samples), (), name)
+    return Features(
+        np.concatenate(values),
+        np.concatenate(labels),
+        np.concatenate(samples),
+        rows.index.class_names,
+        encoder.hash,
+    )
 
 
 def in_order(rows: Rows, batch_size: int) -> Iterator[Drawn]:

@@ -12,6 +12,7 @@ import torch
 from iwm_ray.build import cache_folder
 from iwm_ray.config import RuntimeConfig
 from iwm_ray.errors import UsageError
+from iwm_ray.evaluation.encoders import RunEncoder
 from iwm_ray.evaluation.features import Features
 from iwm_ray.finetuning import adapter
 from iwm_ray.finetuning.arms import (
@@ -28,14 +29,14 @@ from iwm_ray.finetuning.arms import (
 from iwm_ray.finetuning.data import ImageRows, Rows, Steps, Task, TokenRows, alternate, encode, open_tasks
 from iwm_ray.finetuning.fit import fit, measure
 from iwm_ray.finetuning.model import Asking, Tuned, assemble, seeded, weights_hash
-from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
+from iwm_ray.finetuning.settings import FinetuneConfig
 from iwm_ray.model.iwm import IWM
 from iwm_ray.run_directory import write_json
 from iwm_ray.trained import Trained
 from iwm_ray.training.loop import autocast
 
-Extract = Callable[[ImageRows, torch.nn.Module, str], Features]
-"""rows, a frozen encoder, the name of the result -> its tokens"""
+Extract = Callable[[RunEncoder, ImageRows], Features]
+"""the tokens `[k n d]` of a frozen encoder for the readable images of some rows"""
 Say = Callable[[Arm, int, int, int, float], None]
 """arm, steps done, steps of the arm, images done, loss"""
 
@@ -51,28 +52,28 @@ class Experiment:
     """RUN/finetune/NAME"""
     device: torch.device
     extract: Extract = encode
-    """how cached tokens are made: here, in this process"""
+    """how cached tokens are made: `encode` in this process, or what the runtime offers"""
     _tokens: dict[str, Features] = field(default_factory=dict)
     """what has been extracted so far"""
 
     @classmethod
-    def open(cls, trained: Trained, config: FinetuneConfig, output: Path | None) -> "Experiment":
+    def open(
+        cls, trained: Trained, config: FinetuneConfig, output: Path | None, extract: Extract = encode
+    ) -> "Experiment":
         """Opens the data and checks what can be checked before anything is trained.
 
         Raises:
             UsageError: data or settings that don't fit.
         """
-        cache = (
-            Path(config.runtime.cache).expanduser() if config.runtime.cache else cache_folder(trained.config)
-        )
-        tasks = {task.name: task for task in open_tasks(config, trained.config, cache.absolute())}
+        cache = cache_of(trained, config)
+        tasks = {task.name: task for task in open_tasks(config, trained.config, cache)}
         if config.runtime.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("runtime.device cuda: torch sees no GPU here; use auto or cpu")
         kind = config.runtime.device
         if kind == "auto":
             kind = "cuda" if torch.cuda.is_available() else "cpu"
         folder = output or trained.run.path / "finetune" / _name(trained, config, tasks)
-        experiment = cls(trained, config, tasks, folder.absolute(), torch.device(kind))
+        experiment = cls(trained, config, tasks, folder.absolute(), torch.device(kind), extract)
         experiment._refuse_other()
         return experiment
 
@@ -158,7 +159,7 @@ class Experiment:
         before, head_hash = weights_hash(tuned.encoder), weights_hash(tuned.heads)
         tuned.to(self.device)
         cached = arm.tune == "predictor" and self._keeps_tokens()
-        train, judged = self._splits(tuned, arm, cached)
+        train, judged = self._splits(arm, cached)
         schedule = alternate(self.num_steps(names))
         steps = Steps(tuple(train), schedule, config.batch_size, arm.seed)
         with seeded(arm.seed, "fit", 0):  # drop path draws
@@ -201,7 +202,7 @@ class Experiment:
         """Where the arm's adapter is kept: of the first seed, and of no control."""
         return self.folder / "adapters" / arm.name
 
-    def _splits(self, tuned: Tuned, arm: Arm, cached: bool) -> tuple[list[Rows], list[Rows]]:
+    def _splits(self, arm: Arm, cached: bool) -> tuple[list[Rows], list[Rows]]:
         """What the arm trains on and what it is judged on, for each of its tasks."""
         train: list[Rows] = []
         judged: list[Rows] = []
@@ -211,8 +212,8 @@ class Experiment:
             training = task.train.part(0, kept)
             measured = task.train.part(kept, count) if arm.is_choice else task.test
             if cached:
-                train.append(self._cached(tuned, task.train, training, self.config.augment.flip_probability))
-                judged.append(self._cached(tuned, task.train if arm.is_choice else task.test, measured, 0.0))
+                train.append(self._cached(task.train, training, self.config.augment.flip_probability))
+                judged.append(self._cached(task.train if arm.is_choice else task.test, measured, 0.0))
             else:
                 train.append(replace(training, augment=self.config.augment))
                 judged.append(measured)
@@ -230,20 +231,18 @@ class Experiment:
         num_bytes = images * run.grid[0] * run.grid[1] * width * 4
         return num_bytes <= config.runtime.token_gigabytes * 1e9
 
-    def _cached(self, tuned: Tuned, whole: ImageRows, part: ImageRows, flip_probability: float) -> TokenRows:
+    def _cached(self, whole: ImageRows, part: ImageRows, flip_probability: float) -> TokenRows:
         """Tokens of some rows of a split whose tokens are extracted whole, once."""
-        plain = _select(self._features(tuned, whole), part)
+        plain = _select(self._features(whole, mirrored=False), part)
         if not flip_probability:
             return TokenRows(plain)
-        mirrored = replace(whole, augment=AugmentConfig(flip_probability=1.0))
-        return TokenRows(plain, _select(self._features(tuned, mirrored), part), flip_probability)
+        return TokenRows(plain, _select(self._features(whole, mirrored=True), part), flip_probability)
 
-    def _features(self, tuned: Tuned, rows: ImageRows) -> Features:
-        transform = "flipped" if rows.augment else "plain"
-        name = f"{self.trained.hash} {self.config.encoder} {rows.index.hash} {len(rows)} {transform}"
+    def _features(self, rows: ImageRows, mirrored: bool) -> Features:
+        encoder = RunEncoder(self.trained, self.config.encoder, for_predictor=True, mirrored=mirrored)
+        name = f"{encoder.hash} {rows.index.hash} {len(rows)}"
         if name not in self._tokens:
-            with self._cast():
-                self._tokens[name] = self.extract(rows, tuned.encoder, name)
+            self._tokens[name] = self.extract(encoder, rows)
         return self._tokens[name]
 
     def _asking(self, tuned: Tuned) -> Asking:
@@ -255,6 +254,12 @@ class Experiment:
         return autocast(RuntimeConfig(precision=self.config.runtime.precision), self.device)
 
 
+def cache_of(trained: Trained, config: FinetuneConfig) -> Path:
+    """Where data indices and tokens are kept: as the run did, unless told otherwise."""
+    given = config.runtime.cache
+    return Path(given).expanduser().absolute() if given else cache_folder(trained.config)
+
+
 def by_family(results: dict[Arm, ArmResult]) -> Iterator[tuple[Family, list[ArmResult]]]:
     """Results of the same family, in the order of their seeds."""
     for family in dict.fromkeys(arm.family for arm in results):
@@ -262,15 +267,12 @@ def by_family(results: dict[Arm, ArmResult]) -> Iterator[tuple[Family, list[ArmR
 
 
 def _select(features: Features, rows: ImageRows) -> Features:
-    chosen = np.isin(features.samples, rows.samples)
-    if chosen.all():
-        return features
-    return replace(
-        features,
-        values=features.values[chosen],
-        labels=features.labels[chosen],
-        samples=features.samples[chosen],
-    )
+    """The features of these rows alone, labelled as they are: in the classes of the task, not of the index."""
+    places = {int(sample): place for place, sample in enumerate(rows.samples)}
+    found = np.array([places.get(int(sample), -1) for sample in features.samples])
+    kept = found >= 0
+    values = features.values if kept.all() else features.values[kept]
+    return replace(features, values=values, labels=rows.labels[found[kept]], samples=features.samples[kept])
 
 
 def _name(trained: Trained, config: FinetuneConfig, tasks: dict[str, Task]) -> str:

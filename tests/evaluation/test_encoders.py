@@ -39,6 +39,20 @@ def test_the_target_encoder_is_read_as_the_monitors_read_it(trained):
     torch.testing.assert_close(tokens.mean(1), expected, rtol=0, atol=0)
 
 
+def test_the_predictor_reads_tokens_without_the_layer_norm(trained):
+    [raw] = tokens_of(RunEncoder(trained, for_predictor=True))
+    with torch.no_grad():
+        torch.testing.assert_close(raw, trained.load().target_encoder(pictures(32)))
+    assert RunEncoder(trained, for_predictor=True).hash != RunEncoder(trained).hash
+
+
+def test_mirrored_tokens_are_those_of_mirrored_images(trained):
+    [mirrored] = tokens_of(RunEncoder(trained, for_predictor=True, mirrored=True))
+    with torch.no_grad():
+        torch.testing.assert_close(mirrored, trained.load().target_encoder(pictures(32).flip(3)))
+    assert RunEncoder(trained, mirrored=True).hash != RunEncoder(trained).hash
+
+
 def test_the_three_encoders_of_a_run_have_their_own_weights(trained):
     target, context, untrained = (
         tokens_of(RunEncoder(trained, which))[0] for which in ("target", "context", "untrained")

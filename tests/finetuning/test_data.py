@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iwm_ray.errors import UsageError
+from iwm_ray.evaluation.encoders import RunEncoder
 from iwm_ray.finetuning.data import (
     Steps,
     TokenRows,
@@ -54,18 +55,20 @@ def test_two_data_sets_of_one_name():
         named_paths("data.path", ["/a/x", "/b/x"])
 
 
-def test_tokens_computed_once_are_those_of_the_images(task, model):
-    tokens = TokenRows(encode(task.train, model.target_encoder, "x", batch_size=7))
+def test_tokens_computed_once_are_those_of_the_images(task, model, trained):
+    tokens = TokenRows(encode(RunEncoder(trained, for_predictor=True), task.train, batch_size=7))
     drawn, images = tokens.rows(FIRST, ZERO, 0), task.train.rows(FIRST, ZERO, 0)
     with torch.no_grad():
         torch.testing.assert_close(drawn.inputs, model.target_encoder(images.inputs), atol=1e-5, rtol=1e-4)
     assert torch.equal(drawn.labels, images.labels)
 
 
-def test_cached_and_streamed_flips_are_the_same(task, model):
+def test_cached_and_streamed_flips_are_the_same(task, model, trained):
     flip = AugmentConfig(flip_probability=0.5)
-    mirrored = replace(task.train, augment=AugmentConfig(flip_probability=1.0))
-    plain, flipped = (encode(rows, model.target_encoder, "x") for rows in (task.train, mirrored))
+    plain, flipped = (
+        encode(RunEncoder(trained, for_predictor=True, mirrored=mirrored), task.train)
+        for mirrored in (False, True)
+    )
     epochs = np.array([0, 1] * 4)
     cached = TokenRows(plain, flipped, 0.5).rows(FIRST, epochs, 3)
     streamed = replace(task.train, augment=flip).rows(FIRST, epochs, 3)
@@ -119,7 +122,7 @@ def test_without_mixing_the_batch_is_left_alone(task):
     assert images is drawn.inputs and labels is drawn.labels
 
 
-def test_an_unreadable_image_is_left_out(tmp_path, task, trained, model):
+def test_an_unreadable_image_is_left_out(tmp_path, task, trained):
     folder = tmp_path / "images"
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
@@ -130,7 +133,7 @@ def test_an_unreadable_image_is_left_out(tmp_path, task, trained, model):
     (found,) = open_tasks(FinetuneConfig.model_validate({"data": data}), trained.config, tmp_path / "cache")
     assert len(found.train) == 7
     assert sum(len(drawn.labels) for drawn in in_order(found.train, 4)) == 6
-    assert len(encode(found.train, model.target_encoder, "x").labels) == 6
+    assert len(encode(RunEncoder(trained), found.train).labels) == 6
 
 
 def test_choices_are_fixed_and_a_smaller_one_begins_the_larger(trained, config, task, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from iwm_ray.errors import RunError
+from iwm_ray.evaluation.encoders import RunEncoder
 from iwm_ray.finetuning.data import Steps, TokenRows, encode
 from iwm_ray.finetuning.fit import fit, measure, rate_share
 from iwm_ray.finetuning.model import Asking, weights_hash
@@ -32,7 +33,7 @@ def trained_arm(tuned, rows, config, trained, num_steps, lr=3e-3, seed=0):
 
 
 def test_it_learns_and_leaves_the_encoder_alone(tuned_network, config, trained, model, task):
-    rows = TokenRows(encode(task.train, model.target_encoder, "x"))
+    rows = TokenRows(encode(RunEncoder(trained, for_predictor=True), task.train))
     tuned, asking = tuned_network(config), Asking(trained.policy, 16)
     frozen, predictor = weights_hash(tuned.encoder), weights_hash(tuned.predictor)
     before = measure(tuned, "photos", rows, asking, 7, nullcontext).mean()
@@ -57,17 +58,17 @@ def test_the_same_seed_gives_the_same_bits_from_images_too(tuned_network, config
     assert hashes[0] == hashes[1]
 
 
-def test_measuring_does_not_depend_on_the_size_of_its_batches(tuned_network, config, trained, model, task):
-    rows = TokenRows(encode(task.test, model.target_encoder, "x"))
+def test_measuring_does_not_depend_on_the_size_of_its_batches(tuned_network, config, trained, task):
+    rows = TokenRows(encode(RunEncoder(trained, for_predictor=True), task.test))
     tuned, asking = tuned_network(config), Asking(trained.policy, 16)
     small, large = (measure(tuned, "photos", rows, asking, size, nullcontext) for size in (3, 64))
     assert small.shape == (len(rows),) and np.array_equal(small, large)
 
 
-def test_a_loss_that_is_not_finite_ends_the_arm(tuned_network, config, trained, model, task):
+def test_a_loss_that_is_not_finite_ends_the_arm(tuned_network, config, trained, task):
     tuned = tuned_network(config)
     with torch.no_grad():
         tuned.heads["photos"].classify.weight.fill_(torch.inf)
-    rows = TokenRows(encode(task.train, model.target_encoder, "x"))
+    rows = TokenRows(encode(RunEncoder(trained, for_predictor=True), task.train))
     with pytest.raises(RunError, match="lower --lr"):
         trained_arm(tuned, rows, config, trained, 3)
