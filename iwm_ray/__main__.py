@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("pretrain", "evaluate", "finetune", "replay")
+COMMANDS = ("pretrain", "evaluate", "visualize", "finetune", "replay")
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from iwm_ray.trained import Trained
 
 _SECONDS_BETWEEN_LINES = 5.0
+_TRACKING_SECONDS = 60.0  # the figures are in files; no step waits
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -171,7 +172,7 @@ def track(trained: "Trained", config: EvaluateConfig, results: Sequence["TaskRes
             with open_tracker(run.path, tracked, run.path.name) if has_mlflow else NullTracker() as tracker:
                 for file in sorted((run.path / "evaluation").rglob("*.*")):
                     tracker.log_file(file, f"evaluation/{file.parent.name}")
-                tracker.finish()
+                tracker.finish(deadline_seconds=_TRACKING_SECONDS)
     except UsageError as error:  # the run is still training, and its directory is its own
         print(f"not tracked: {error}", file=sys.stderr)
 

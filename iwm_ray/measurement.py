@@ -27,11 +27,15 @@ from iwm_ray.data.index import Index
 from iwm_ray.data.read import Reader
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation import probes
+from iwm_ray.evaluation.action_regression import action_features, regress
 from iwm_ray.evaluation.encoders import LAST, FrozenEncoder, RunEncoder, TimmEncoder
 from iwm_ray.evaluation.features import Features, measuring
 from iwm_ray.evaluation.mrr import rank_images, rank_rows, summarise
+from iwm_ray.evaluation.prediction_error import error_rows, make_questions, prediction_errors
 from iwm_ray.evaluation.probes import ProbeResult
+from iwm_ray.evaluation.rank import lidar, rankme
 from iwm_ray.evaluation.settings import WORLD_MODEL, MeasureConfig, TaskName
+from iwm_ray.model.iwm import IWM
 from iwm_ray.run_directory import write_json
 from iwm_ray.runtime.measure import Arrays, Progress, Work, extract, in_order, work_device
 from iwm_ray.trained import Trained
@@ -143,21 +147,30 @@ class Measurement:
             (numbers[first : first + _IMAGES_AT_ONCE], samples[first : first + _IMAGES_AT_ONCE])
             for first in range(0, len(samples), _IMAGES_AT_ONCE)
         ]
+        row_ids = np.array([index.row_id(int(sample)) for sample in samples])
         measured: dict[str, Metrics] = {}
         rows: dict[str, Rows] = {}
         for subject in (TRAINED, UNTRAINED):
-            make = _Ranking(
-                self.trained, subject == UNTRAINED, index, self.settings, self.runtime, self.limits
-            )
+            untrained = subject == UNTRAINED
+            make = _AskModel(task, self.trained, untrained, index, self.settings, self.runtime, self.limits)
             with closing(in_order(make, parts, self.runtime, self.show(task, subject))) as found:
                 table = _joined(found)
-            seed = self.trained.config.seed
-            measured[subject] = summarise(table, seed)
-            if subject == TRAINED:
-                ranks = rank_rows(table, self.trained.policy, seed)
-                row_ids = np.array([index.row_id(int(sample)) for sample in samples])
-                rows["ranks"] = {"row_id": row_ids[ranks["image"]], **ranks}
+            measured[subject], some_rows = self._summarise(task, table, row_ids)
+            if some_rows:
+                rows[subject] = some_rows
         return measured, rows
+
+    def _summarise(self, task: TaskName, table: Arrays, row_ids: NDArray[Any]) -> tuple[Metrics, Rows]:
+        """Figures and rows of a joined table."""
+        policy, seed = self.trained.policy, self.trained.config.seed
+        if task == "mrr":
+            ranks = rank_rows(table, policy, seed)
+            return summarise(table, seed), {"row_id": row_ids[ranks["image"]], **ranks}
+        if task == "error":
+            errors = error_rows(table, make_questions(policy), seed)
+            return mean_errors(errors), errors
+        metrics = regress(table, [field.name for field in policy.schema], seed)
+        return metrics | {"rank/lidar": float(lidar(torch.from_numpy(table["target"])))}, {}
 
     # Representation
 
@@ -239,9 +252,10 @@ def read_result(path: Path) -> TaskResult | None:
 
 
 @dataclass(frozen=True)
-class _Ranking:
-    """What a worker needs to rank the views of images; called, it gives the function of a part."""
+class _AskModel:
+    """What a worker needs to measure a world model; called, it gives the function from a part to rows of a table."""
 
+    task: TaskName
     trained: Trained
     untrained: bool
     index: Index
@@ -250,29 +264,35 @@ class _Ranking:
     limits: DecodeLimits
 
     def __call__(self) -> Work:
-        model = (self.trained.untrained() if self.untrained else self.trained.load()).to(
-            work_device(self.runtime)
-        )
-        reader, settings, config = Reader(self.index), self.settings, self.trained.config
+        device, reader = work_device(self.runtime), Reader(self.index)
+        model = (self.trained.untrained() if self.untrained else self.trained.load()).to(device)
 
-        def rank(part: tuple[NDArray[np.int64], NDArray[np.int64]]) -> Arrays:
+        def measure(part: tuple[NDArray[np.int64], NDArray[np.int64]]) -> Arrays:
             numbers, images = self._read(reader, *part)
             if not len(images):
                 return {}
-            with measuring(model), autocast(self.runtime, work_device(self.runtime)):
-                return rank_images(
-                    model,
-                    self.trained.policy,
-                    images,
-                    numbers,
-                    seed=config.seed,
-                    num_views=settings.views,
-                    num_targets=min(settings.targets, settings.views),
-                    by_component=settings.components,
-                    inverse=settings.inverse,
-                )
+            with measuring(model), autocast(self.runtime, device):
+                return self._table(model, images, numbers)
 
-        return rank
+        return measure
+
+    def _table(self, model: IWM, images: NDArray[np.uint8], numbers: NDArray[np.int64]) -> Arrays:
+        policy, seed, settings = self.trained.policy, self.trained.config.seed, self.settings
+        if self.task == "error":
+            return prediction_errors(model, policy, images, numbers, make_questions(policy))
+        if self.task == "action_r2":
+            return action_features(model, policy, images, numbers, seed=seed)
+        return rank_images(
+            model,
+            policy,
+            images,
+            numbers,
+            seed=seed,
+            num_views=settings.views,
+            num_targets=min(settings.targets, settings.views),
+            by_component=settings.components,
+            inverse=settings.inverse,
+        )
 
     def _read(
         self, reader: Reader, numbers: NDArray[np.int64], samples: NDArray[np.int64]
@@ -298,6 +318,19 @@ def _joined(tables: Iterable[Arrays]) -> Arrays:
     return {name: np.concatenate([table[name] for table in found]) for name in found[0]}
 
 
+def mean_errors(rows: Rows) -> Metrics:
+    """`error/<component>`: error of the prediction as a share of that with the null action, over all strengths that
+    change something; below 1 the action helps. `error/mean` of the components."""
+    metrics = {}
+    for component in dict.fromkeys(rows["component"].tolist()):
+        asked = (rows["component"] == component) & (rows["distance"] > 0)
+        if asked.any():
+            metrics[f"error/{component}"] = float(
+                rows["error"][asked].sum() / rows["null_error"][asked].sum()
+            )
+    return {"error/mean": float(np.mean(list(metrics.values())))} | metrics if metrics else {}
+
+
 def _columns(rows: Sequence[dict[str, Any]]) -> Rows:
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
@@ -313,8 +346,6 @@ def _encoder(trained: Trained, name: str) -> FrozenEncoder:
 
 
 def _rank(test: Features) -> ProbeResult:
-    from iwm_ray.evaluation.rank import rankme
-
     features = torch.from_numpy(np.array(test.values)).float()
     width = features.shape[1]
     return ProbeResult({"rank/rankme": float(rankme(features)), "rank/width": float(width)})

@@ -25,7 +25,7 @@ LAYERS = [
     ["summary"],
     ["runtime"],
     ["measurement"],
-    ["pretrain", "evaluate", "finetune", "replay", "__main__"],
+    ["pretrain", "evaluate", "visualize", "finetune", "replay", "__main__"],
 ]
 # Siblings that must not know each other: they meet in Batch and in one integer.
 STRANGERS = ["data", "views", "model"]

@@ -145,8 +145,10 @@ class _Run:
         """The last readings, for a run that is well."""
         rank, spread = self.series("monitor/rankme")[-1], self.series("monitor/target_std")[-1]
         found, chance = self.series("monitor/knn_top1"), self.series("monitor/knn_chance")
-        gaps = self.series("monitor/action_gap")
+        gaps, lidars = self.series("monitor/action_gap"), self.series("monitor/lidar")
         parts = [f"RankMe {rank:.1f} of {self.width}", f"std {spread:.2f}"]
+        if lidars:
+            parts.insert(1, f"LiDAR {lidars[-1]:.1f}")
         if self.conditioning == "none":
             parts.append("invariant by construction (conditioning none)")
         elif gaps:

@@ -11,7 +11,7 @@ from torch import Tensor
 from iwm_ray.batch import Batch
 from iwm_ray.evaluation.features import measuring, model_device, target_features
 from iwm_ray.evaluation.knn import best_constant, knn_classes
-from iwm_ray.evaluation.rank import feature_std, rankme
+from iwm_ray.evaluation.rank import feature_std, lidar, rankme
 from iwm_ray.evaluation.shuffle import derangement
 from iwm_ray.model.encoder import take
 from iwm_ray.model.iwm import IWM
@@ -33,6 +33,7 @@ class Monitor:
         num_neighbors: k of the kNN.
         seed: of the order in which actions are shuffled.
         batch_size: images in one forward pass.
+        lidar_views: `[k v 3 s s]` uint8 views of images, for LiDAR; without them there is none.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Monitor:
         num_neighbors: int = 20,
         seed: int = 0,
         batch_size: int = 256,
+        lidar_views: Tensor | None = None,
     ) -> None:
         self._batch = _rows(batch, batch.weight > 0)
         others = torch.from_numpy(derangement(seed, 0, len(self._batch)))
         self._other_action = self._batch.action[others.to(batch.action.device)]
         self._query_images = query_images
         self._batch_size = batch_size
+        self._lidar_views = lidar_views
         self._knn = None
         if query_labels is None or bank_images is None or bank_labels is None:
             return
@@ -63,14 +66,17 @@ class Monitor:
         Returns:
             `monitor/loss` of the batch; `monitor/action_gap`, the loss with the actions of other rows minus
             that loss (0: actions are ignored); `monitor/cosine` of prediction and target tokens, -1..1;
-            `monitor/rankme`, 1..width; `monitor/target_std`, the standard deviation over the images of the
-            mean target tokens, averaged over the channels (0: all images alike); with labels
-            `monitor/knn_top1` and `monitor/knn_chance`, 0..1 (see KnnResult).
+            `monitor/rankme`, 1..width; `monitor/lidar`, 1..min(k - 1, width); `monitor/target_std`, the
+            standard deviation over the images of the mean target tokens, averaged over the channels (0: all
+            images alike); with labels `monitor/knn_top1` and `monitor/knn_chance`, 0..1 (see KnnResult).
         """
         with measuring(model):
             readings = self._read_predictions(model)
             features = target_features(model, self._query_images, self._batch_size)
             readings |= {"rankme": rankme(features), "target_std": feature_std(features).mean()}
+            if self._lidar_views is not None:
+                views = target_features(model, self._lidar_views.flatten(0, 1), self._batch_size)
+                readings["lidar"] = lidar(views.unflatten(0, self._lidar_views.shape[:2]))
             if self._knn is not None:
                 readings |= self._knn.read(model, features, self._batch_size)
             values = torch.stack([value.double() for value in readings.values()]).tolist()

@@ -11,7 +11,9 @@ Two halves: `rank_images` runs the model, image by image, so that many workers c
 first views of a bank, which are drawn like all others, serve as targets: 8 of 256 give an estimate of the same
 figure, for a few per cent above the encoding. With `num_targets=num_views` every view serves once, as METHOD has
 it; that costs a predictor pass a view, which is half of an encoder's (ViT-B, 12 x 384) to twice (equal sizes).
-To narrow the interval, more images are the better buy: ranks within one bank resemble each other.
+To narrow the interval, more images are the better buy: ranks within one bank resemble each other. Measured (4 x 128
+encoder and predictor, CIFAR-10): reciprocal ranks have a variance of 0.016 between banks and 0.123 within, so 8
+targets make an interval 1.5 times as wide as 256, at 0.4 of the cost.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,12 +38,14 @@ Table = dict[str, NDArray]
 """One row an image; tables of disjoint images are joined by `np.concatenate` of each column"""
 
 NUM_VIEWS, NUM_TARGETS = 256, 8
-CHEAP_VIEWS, CHEAP_TARGETS = 32, 4
-"""for readings while a model trains: an eighth of the cost; comparable with each other only (chance is 0.127)"""
+CHEAP_IMAGES, CHEAP_VIEWS, CHEAP_TARGETS = 32, 32, 4
+"""for readings while a model trains: they encode 1024 views, half of a kNN's bank; chance is 0.127 there, so compare
+them with each other only"""
 
-BATCH_SIZE = 64
-"""on one CPU thread a fifth faster than 256, whose activations leave the cache; for a GPU give more"""
-
+_CPU_BATCH, _DEVICE_BATCH = (
+    64,
+    256,
+)  # on a CPU thread 64 are a fifth faster: the activations stay in the cache
 _HITS = (1, 5, 10)
 _WITH_HITS = ("rank", "pooled_rank")
 
@@ -66,7 +70,7 @@ def measure_mrr(
     seed: int,
     num_views: int = NUM_VIEWS,
     num_targets: int = NUM_TARGETS,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = 0,
     by_component: bool = False,
     inverse: bool = False,
 ) -> MrrResult:
@@ -96,7 +100,7 @@ def rank_images(
     seed: int,
     num_views: int = NUM_VIEWS,
     num_targets: int = NUM_TARGETS,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = 0,
     by_component: bool = False,
     inverse: bool = False,
 ) -> Table:
@@ -125,7 +129,7 @@ def rank_images(
         seed: of the banks.
         num_views: n, at least 2.
         num_targets: m, at least 2; the first m views serve as targets, at most all.
-        batch_size: views in one forward pass.
+        batch_size: views in one forward pass; 0: 64 on a CPU, 256 on another device.
         by_component: rank also in banks that vary in one component of the jitter alone, each at the same cost
             again. Such a bank is crowded: its views differ by 1/n of one strength.
         inverse: rank also the way back: m passes of the context encoder and 3 m of the predictor.
@@ -144,6 +148,7 @@ def rank_images(
         raise UsageError(
             "views.brightness, contrast, saturation, hue are all 0: MRR needs views that differ; raise one"
         )
+    batch_size = batch_size or (_CPU_BATCH if model_device(model).type == "cpu" else _DEVICE_BATCH)
     ranker = _Ranker(model, policy, seed, num_views, min(num_targets, num_views), batch_size)
     with measuring(model):
         # Nothing is read back from the device before the last image is ranked.

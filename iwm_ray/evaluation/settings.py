@@ -17,9 +17,9 @@ class MeasureConfig(_Part):
     """What is measured, and on how many images."""
 
     tasks: tuple[TaskName, ...] = WORLD_MODEL + REPRESENTATION
-    """mrr: does the predictor know what an action does? action_r2: can the action be read off the tokens? error: of
-    the prediction, by component and strength; rank: RankMe and LiDAR; knn, linear, attentive: classes from frozen
-    features; lowshot: linear, with the labels of few images"""
+    """mrr: does the predictor know what an action does? action_r2: can the action be read off the tokens? (and LiDAR,
+    from the same views); error: of the prediction, by component and strength; rank: RankMe; knn, linear, attentive:
+    classes from frozen features; lowshot: linear, with the labels of few images"""
     encoders: tuple[str, ...] = ()
     """more encoders for the tasks that need no predictor: `context`, or timm's names (with a tag, timm's weights are
     downloaded), or NAME=FILE.safetensors"""

@@ -1,5 +1,6 @@
 """The figures of an evaluation as lines of text: a row a figure, a column a subject, chance beside them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ _NAMES = {
     "mrr/pooled": "MRR by pooled cosine",
     "mrr/inverse": "MRR of the way back",
     "action_r2/mean": "R\N{SUPERSCRIPT TWO} of the action from two views",
+    "action_r2/prediction_mean": "the same from source and prediction",
+    "action_r2/source_mean": "the same from the source alone",
+    "error/mean": "prediction error, share of the null action's",
     "rank/rankme": "RankMe",
     "rank/lidar": "LiDAR",
     "knn/top1": "kNN",
@@ -24,6 +28,10 @@ _NAMES = {
     "lowshot1/top1": "linear probe, 1 % of the labels",
     "lowshot10/top1": "linear probe, 10 % of the labels",
 }
+# A component of the action, or a probe of an earlier layer; the ends of intervals stand in the cells.
+_DETAIL = re.compile(
+    r"(mrr|action_r2|error)/(brightness|contrast|saturation|hue|grayscale|blur|solarize)|.*/top1_layer\d+"
+)
 
 
 class _Row(NamedTuple):
@@ -57,13 +65,9 @@ def table_lines(measured: Measured) -> list[str]:
 
 
 def _order(measured: Measured) -> Sequence[str]:
-    """Known figures first; then those by component and by layer; ends of intervals stand in the cells."""
+    """Known figures first; then those by component of the action and by layer."""
     others = sorted({name for metrics in measured.values() for name in metrics} - set(_NAMES))
-    hidden = ("_low", "_high", "_std", "/chance")
-    shown = ("mrr/", "action_r2/", "error/")
-    details = [name for name in others if name.startswith(shown) and not name.endswith(hidden)]
-    layers = [name for name in others if "/top1_layer" in name]
-    return [*_NAMES, *details, *layers]
+    return [*_NAMES, *(name for name in others if _DETAIL.fullmatch(name))]
 
 
 def _cell(metrics: Mapping[str, float], name: str) -> str:
@@ -79,10 +83,10 @@ def _cell(metrics: Mapping[str, float], name: str) -> str:
 
 def _chance(measured: Measured, name: str) -> str:
     group, _, short = name.partition("/")
-    if group == "mrr" and not short.startswith(("mrr", "pooled", "inverse", "zero", "shuffled")):
+    if group == "mrr" and (short == "adjusted" or short.startswith("h")):
         return ""
     found = [metrics[f"{group}/chance"] for metrics in measured.values() if f"{group}/chance" in metrics]
-    return _number(found[0]) if found and not short.endswith("adjusted") else ""
+    return _number(found[0]) if found else ""
 
 
 def _number(value: float) -> str:

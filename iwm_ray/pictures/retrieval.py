@@ -15,7 +15,7 @@ from iwm_ray.pictures.words import action_words
 from iwm_ray.views.policy import ViewPolicy
 
 _SIDE, _WORDS, _GAP = 1.5, 1.55, 0.14  # inches: an image, the column of words, between columns
-_LINE, _HEAD, _FOOT = 0.34, 1.22, 0.4  # inches: below an image, above and below all rows
+_LINE, _HEAD, _FOOT = 0.34, 1.22, 0.52  # inches: below an image, above and below all rows
 _EDGE = 0.22  # inches: at the sides
 _NEAR = 10  # ranks up to this are marked as near
 _COLUMNS = ("clean image", "action", "true view", "imagined", "with the null action", "with another action")
@@ -47,14 +47,15 @@ def retrieval_gallery(
         images: `[k s s 3]` uint8, the images that it measured.
         policy: the policy that it used.
         conditioning: how the action enters, for the title.
-        num_rows: rows that are not chosen, at most one for each image.
-        num_worst: rows of worst cases.
+        num_rows: rows that are not chosen, at most one for each image; 0: a sheet of worst cases.
+        num_worst: rows of worst cases, at most one for each image.
     """
     cases = _choose(result, num_rows, num_worst)
     width = 2 * _EDGE + 5 * _SIDE + _WORDS + 5 * _GAP
     height = _HEAD + len(cases) * (_SIDE + _LINE) + _FOOT
     figure = Figure(figsize=(width, height), dpi=DPI)
-    _write_title(figure, result, conditioning)
+    subject = "What the world model imagines" if num_rows else "Where the world model fails"
+    _write_title(figure, result, conditioning, subject)
     for row, case in enumerate(cases):
         axes = _row_axes(figure, row)
         if row == 0:
@@ -63,7 +64,8 @@ def retrieval_gallery(
         _draw_case(axes, result, images, policy, case)
     note = (
         "Imagined: the view of the bank that lies next to the predicted tokens. "
-        "Rank: the true view's place by distance to the prediction."
+        "Rank: the true view's place by distance to the prediction\n(frames: green 1, orange up to "
+        f"{_NEAR}, red beyond)."
     )
     figure.text(_EDGE / width, 0.16 / height, note, fontsize=SMALL, color=GREY, va="bottom")
     return figure
@@ -79,11 +81,11 @@ def _choose(result: MrrResult, num_rows: int, num_worst: int) -> list[_Case]:
     return cases + [_Case(int(image), int(worst_views[image]), True) for image in order]
 
 
-def _write_title(figure: Figure, result: MrrResult, conditioning: str) -> None:
+def _write_title(figure: Figure, result: MrrResult, conditioning: str, subject: str) -> None:
     width, height = figure.get_size_inches()
     metrics = result.metrics
     title = (
-        f"What the world model imagines:  MRR {metrics['mrr/mrr']:.3f}  "
+        f"{subject}:  MRR {metrics['mrr/mrr']:.3f}  "
         f"[{metrics['mrr/mrr_low']:.3f}, {metrics['mrr/mrr_high']:.3f}],  chance {metrics['mrr/chance']:.3f}"
     )
     lines = (

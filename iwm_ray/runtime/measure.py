@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
@@ -138,8 +139,14 @@ def _on_ray(
 ) -> Generator[Arrays, None, None]:
     import ray.data  # not above: features can be measured where Ray is not installed
     from ray.exceptions import RayActorError
+    from ray.util.annotations import RayDeprecationWarning
 
-    with ray.data.DataContext.current(_context(ray.data.DataContext.get_current())):
+    with (
+        ray.data.DataContext.current(_context(ray.data.DataContext.get_current())),
+        warnings.catch_warnings(),
+    ):
+        # Ray 2.60 deprecates the one way to say how often a worker is replaced, and names no other.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
         # Blocks that lie there already: tasks that read them would wait for ever where the actors hold all CPUs.
         numbers = ray.data.from_arrow([pa.table({"number": [number]}) for number in range(len(parts))])
         results = numbers.map_batches(

@@ -65,6 +65,10 @@ def test_what_is_not_finite_is_never_well(name: str, value: float) -> None:
         assert _judge(**{name: value})[0] == "collapsed"
 
 
+def test_lidar_is_read_out_where_it_was_measured() -> None:
+    assert _judge(lidar=31.24)[1].startswith("ok: RankMe 54.2 of 192, LiDAR 31.2, std 0.31")
+
+
 def test_a_lost_training_loss_is_a_collapse() -> None:
     health = judge([STEP, {"step": 610, "train/loss": None}], "feature", 192)  # as metrics.jsonl writes NaN
     assert health.status == "collapsed"

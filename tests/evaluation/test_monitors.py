@@ -10,7 +10,7 @@ from iwm_ray.config import Config, EncoderConfig, PredictorConfig, ViewsConfig
 from iwm_ray.evaluation.features import measuring, target_features
 from iwm_ray.evaluation.knn import knn_accuracy
 from iwm_ray.evaluation.monitors import Monitor
-from iwm_ray.evaluation.rank import feature_std, rankme
+from iwm_ray.evaluation.rank import feature_std, lidar, rankme
 from iwm_ray.evaluation.shuffle import derangement
 from iwm_ray.model.iwm import IWM, build_model
 
@@ -100,6 +100,15 @@ def test_feature_readings_are_those_of_the_target_encoder() -> None:
     assert values["monitor/target_std"] == pytest.approx(float(feature_std(features).mean()), rel=1e-4)
     assert values["monitor/knn_top1"] == pytest.approx(expected.top1)
     assert values["monitor/knn_chance"] == pytest.approx(expected.chance)
+
+
+def test_lidar_is_that_of_the_views_and_left_out_without_them() -> None:
+    model, views = _model(), _pictures(20, 8).unflatten(0, (5, 4))
+    values = Monitor(_batch(), _pictures(5, 0), lidar_views=views, batch_size=8).read(model)
+    with measuring(model):
+        features = target_features(model, views.flatten(0, 1), 64).unflatten(0, (5, 4))
+    assert values["monitor/lidar"] == pytest.approx(float(lidar(features)), rel=1e-3)
+    assert "monitor/lidar" not in Monitor(_batch(), _pictures(5, 0)).read(model)
 
 
 def test_unlabelled_images_take_no_part_in_the_knn_and_without_labels_there_is_none() -> None:

@@ -1,11 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_ray.evaluation.rank import feature_std, rankme
+from iwm_ray.evaluation.rank import feature_std, lidar, rankme
 
 
 @pytest.mark.parametrize("width", [1, 4, 16])
@@ -45,3 +46,58 @@ def test_feature_std_by_hand() -> None:
 
 def test_features_that_are_not_finite_have_no_rank() -> None:
     assert math.isnan(float(rankme(torch.tensor([[1.0, math.nan], [3.0, 5.0]]))))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    num_images=st.integers(2, 12),
+    num_views=st.integers(2, 5),
+    width=st.integers(1, 8),
+)
+def test_lidar_agrees_with_the_papers_formula(seed: int, num_images: int, num_views: int, width: int) -> None:
+    generator = np.random.default_rng(seed)
+    features = generator.normal(size=(num_images, 1, width)) + generator.normal(
+        size=(num_images, num_views, width)
+    )
+    between, within, grand = np.zeros((width, width)), 1e-4 * np.eye(width), features.mean((0, 1))
+    for image in features:
+        mean = image.mean(0)
+        between += np.outer(mean - grand, mean - grand) / num_images
+        for view in image:
+            within += np.outer(view - mean, view - mean) / (num_images * num_views)
+    values, vectors = np.linalg.eigh(within)
+    root = vectors @ np.diag(values**-0.5) @ vectors.T
+    values = np.linalg.eigvalsh(root @ between @ root).clip(0)
+    shares = values / values.sum() + 1e-7
+    expected = max(1, math.exp(-(shares * np.log(shares)).sum()))
+    assert float(lidar(torch.from_numpy(features))) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_images", [2, 5, 9])
+def test_lidar_of_orthogonal_images_is_one_less_than_their_number(num_images: int) -> None:
+    features = torch.eye(num_images)[:, None].expand(-1, 3, -1)
+    assert float(lidar(features)) == pytest.approx(num_images - 1, rel=1e-3)
+
+
+def test_lidar_of_equal_images_is_one_however_much_views_differ() -> None:
+    assert float(lidar(torch.ones(6, 4, 8))) == pytest.approx(1, abs=1e-4)
+    views = torch.randn(1, 50, 8, generator=torch.Generator().manual_seed(0))
+    assert float(lidar(views.expand(6, -1, -1))) == pytest.approx(1, abs=1e-4)
+    assert float(rankme(views[0])) > 5
+
+
+def test_lidar_does_not_count_what_only_views_differ_in() -> None:
+    """Two directions tell images apart; noise of views in six others lifts RankMe, not LiDAR."""
+    generator = torch.Generator().manual_seed(0)
+    features = 0.1 * torch.randn(200, 20, 8, generator=generator)
+    features[:, :, :2] += torch.randn(200, 1, 2, generator=generator)
+    features[:, :, 2:] *= 10
+    assert float(lidar(features)) == pytest.approx(2, abs=0.1)
+    assert float(rankme(features.flatten(0, 1))) > 6
+
+
+def test_lidar_of_features_that_are_not_finite_is_not_a_number() -> None:
+    features = torch.ones(3, 2, 4)
+    features[1, 0, 2] = math.inf
+    assert math.isnan(float(lidar(features)))

@@ -51,6 +51,14 @@ def test_the_number_of_rows_can_be_chosen(num_rows: int, num_worst: int, result:
     legible(figure)
 
 
+def test_a_sheet_of_worst_cases_holds_nothing_else(result: MrrResult, legible) -> None:
+    texts = legible(retrieval_gallery(result, IMAGES, POLICY, "feature", num_rows=0, num_worst=2))
+    assert texts.count("among the worst") == 2
+    assert any(text.startswith("Where the world model fails") for text in texts)
+    worst = np.sort(result.ranks.max(1))[::-1][:2]
+    assert {f"rank {rank:g}" for rank in worst} <= set(texts)
+
+
 def test_long_numbers_still_fit(result: MrrResult, legible) -> None:
     """Half ranks, large banks and the longest name of a conditioning."""
     larger = {name: result.table[name] + 1000.5 for name in ("rank", "zero_action_rank")}

@@ -1,0 +1,175 @@
+"""The evaluation of a tiny run, as its user sees it."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from iwm_ray.evaluate import main
+from iwm_ray.training import metrics_log
+
+SMALL = {
+    "--measure.images": 6,
+    "--measure.views": 8,
+    "--measure.targets": 4,
+    "--measure.train-images": 90,
+    "--measure.test-images": 60,
+    "--tracking.uri": "none",
+}
+
+
+@pytest.fixture
+def run(clean_run, tmp_path):
+    """A copy of the tiny run, to write into."""
+    return shutil.copytree(clean_run, tmp_path / "run")
+
+
+@pytest.fixture
+def evaluate(capsys):
+    """`evaluate(run, *words, options)`: exit code and what was printed."""
+
+    def call(run, *words, **changes):
+        options = SMALL | {
+            f"--{name.replace('__', '.').replace('_', '-')}": value for name, value in changes.items()
+        }
+        arguments = [str(run), *words, *(str(word) for option in options.items() for word in option)]
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        return ended.value.code, capsys.readouterr()
+
+    return call
+
+
+def results(run):
+    return {path.stem: json.loads(path.read_text()) for path in run.glob("evaluation/*/*.json")}
+
+
+def test_world_model_and_representation_are_measured_beside_untrained_weights(run, evaluate):
+    code, said = evaluate(run, "--tasks", "mrr", "rank", "knn", "linear")
+    assert code == 0, said.err
+    found = results(run)
+    assert set(found) == {"mrr", "rank", "knn", "linear"}
+    for result in found.values():
+        assert set(result["measured"]) == {"trained", "untrained"}
+    trained = found["mrr"]["measured"]["trained"]
+    assert trained["mrr/mrr_low"] <= trained["mrr/mrr"] <= trained["mrr/mrr_high"]
+    assert trained["mrr/chance"] == pytest.approx(sum(1 / rank for rank in range(1, 9)) / 8)
+    assert {"mrr/inverse", "mrr/hue"} <= set(trained)
+    ranks = pyarrow.parquet.read_table(next(run.glob("evaluation/*/mrr-trained.parquet")))
+    assert ranks.num_rows == 6 * 4
+    assert len(set(ranks["row_id"].to_pylist())) == 6
+    assert trained["mrr/mrr"] == pytest.approx(np.mean(1 / ranks["rank"].to_numpy()))
+    heads = pyarrow.parquet.read_table(next(run.glob("evaluation/*/linear-heads.parquet")))
+    assert set(heads["encoder"].to_pylist()) == {"trained", "untrained"}
+    assert "MRR" in said.out
+    assert "linear probe" in said.out
+
+
+def test_actions_and_errors_are_measured(run, evaluate):
+    code, said = evaluate(run, "--tasks", "action_r2", "error", measure__images=20)
+    assert code == 0, said.err
+    found = results(run)
+    for subject in ("trained", "untrained"):
+        figures = found["action_r2"]["measured"][subject]
+        assert {"action_r2/mean", "action_r2/hue", "action_r2/blur", "rank/lidar"} <= set(figures)
+        assert figures["action_r2/mean_low"] <= figures["action_r2/mean"] <= figures["action_r2/mean_high"]
+        errors = pyarrow.parquet.read_table(
+            next(run.glob(f"evaluation/*/error-{subject}.parquet"))
+        ).to_pandas()
+        hue = errors[(errors["component"] == "hue") & (errors["distance"] > 0)]
+        share = found["error"]["measured"][subject]["error/hue"]
+        assert share == pytest.approx(hue["error"].sum() / hue["null_error"].sum())
+
+
+def test_the_figures_become_the_runs_own(run, evaluate):
+    evaluate(run, "--tasks", "mrr")
+    trained = results(run)["mrr"]["measured"]["trained"]
+    newest = {name: value for row in metrics_log.read(run / "metrics.jsonl") for name, value in row.items()}
+    assert newest["mrr/mrr"] == trained["mrr/mrr"]
+    assert json.loads((run / "summary.json").read_text())["metrics"]["mrr/mrr"] == trained["mrr/mrr"]
+    before = (run / "metrics.jsonl").read_bytes()
+    evaluate(run, "--tasks", "mrr")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_is_there_is_not_measured_again(run, evaluate):
+    evaluate(run, "--tasks", "mrr", "knn")
+    before = results(run)
+    evaluate(run, "--tasks", "mrr", "knn")
+    assert results(run) == before  # with the seconds that it took
+    evaluate(run, "--tasks", "mrr", "knn", measure__num_neighbors=3, measure__views=9)
+    assert all(results(run)[task]["key"] != before[task]["key"] for task in before)
+
+
+def test_the_files_reach_mlflow(run, evaluate, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    code, said = evaluate(run, "--tasks", "mrr", tracking__uri=uri)
+    assert code == 0, said.err
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("iwm_ray")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.data.metrics["mrr/mrr"] == results(run)["mrr"]["measured"]["trained"]["mrr/mrr"]
+    (folder,) = client.list_artifacts(found.info.run_id, "evaluation")
+    assert any(
+        file.path.endswith("mrr.json") for file in client.list_artifacts(found.info.run_id, folder.path)
+    )
+
+
+def test_a_dry_run_measures_nothing(run, evaluate):
+    code, said = evaluate(run, "--dry-run")
+    assert code == 0
+    assert "plan of" in said.out
+    assert not (run / "evaluation").exists()
+
+
+def test_other_encoders_stand_beside(run, evaluate):
+    code, said = evaluate(run, "--tasks", "knn", measure__encoders="resnet10t")
+    assert code == 0, said.err
+    assert "resnet10t" in results(run)["knn"]["measured"]
+
+
+def test_cheap_results_stand_apart(run, evaluate):
+    code, said = evaluate(run, "--cheap", "--tasks", "rank")
+    assert code == 0, said.err
+    assert next(run.glob("evaluation/*-cheap/rank.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--checkpoint", "7"), "kept are the steps"),
+        (("--tasks", "mrs"), "measure.tasks.0 'mrs'"),
+        (("--measure.encoders", "resnet10x"), "timm has no such model"),
+        (("--tasks", "knn", "--measure.layers", "99"), "layer"),
+        (("--data.path", "/nowhere"), "/nowhere"),
+        (("--measure.imagse", "3"), "unknown argument '--measure.imagse'; did you mean '--measure.images'"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(run, evaluate, words, said):
+    code, printed = evaluate(run, *words)
+    assert code == 2
+    assert said in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+
+
+def test_a_probe_of_images_without_labels(run, evaluate, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    import cv2
+
+    for number in range(40):
+        image = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+        cv2.imwrite(str(folder / f"{number}.png"), image)
+    code, printed = evaluate(run, "--tasks", "linear", data__path=folder)
+    assert code == 2
+    assert "label" in printed.err
+
+
+def test_a_folder_that_is_no_run(tmp_path, evaluate):
+    code, printed = evaluate(tmp_path)
+    assert code == 2
+    assert "no config.json" in printed.err
