@@ -117,7 +117,8 @@ def attach(folder: Path, encoder: Encoder) -> Tuned:
     found = weights_hash(encoder)
     if found != facts["encoder_hash"]:
         raise UsageError(
-            f"adapter {folder}: belongs to the encoder {facts['encoder_hash']}, this one is {found}; give its own run"
+            f"adapter {folder}: belongs to the encoder {facts['encoder_hash']}, this one is {found}; give the run of "
+            "its encoder"
         )
     try:
         tensors = load_file(folder / _TENSORS)
