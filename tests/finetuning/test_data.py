@@ -94,6 +94,15 @@ def test_an_epoch_sees_every_image_once_and_seeds_differ(task):
     assert seen[0][:24] != seen[0][24:]
 
 
+@pytest.mark.slow
+def test_other_processes_make_the_same_batches(task):
+    rows = replace(task.train, augment=AugmentConfig(crop_area=0.5, flip_probability=0.5))
+    steps = Steps((rows, rows), alternate([2, 1]), 8, 0)
+    for ours, theirs in zip(steps.batches(0), steps.batches(1), strict=True):
+        assert ours.task == theirs.task
+        assert torch.equal(ours.inputs, theirs.inputs) and torch.equal(ours.labels, theirs.labels)
+
+
 def test_strong_augmentation_depends_on_seed_epoch_and_image_only(task):
     rows = replace(task.train, augment=AugmentConfig(crop_area=0.3, randaugment=9, flip_probability=0.5))
     ones = np.ones_like(ZERO)
