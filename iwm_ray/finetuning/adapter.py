@@ -106,6 +106,11 @@ def save(
     write_json(folder / _FACTS, facts)
 
 
+def exists(folder: Path) -> bool:
+    """Whether a whole adapter lies there."""
+    return (folder / _FACTS).exists()
+
+
 def attach(folder: Path, encoder: Encoder) -> Tuned:
     """The tuned network on its encoder, which other adapters may share; an adapter that has tuned it makes a copy.
 

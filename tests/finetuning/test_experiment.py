@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,15 @@ def test_it_runs_without_any_runtime(experiment, model):
     assert [words[1:4] for words in said] == [(2, 2, 32), (2, 2, 32)]
     assert all(experiment.finished(arm) == result for arm, result in results.items())
     assert experiment.run(said.append) == results  # nothing more to say
+
+
+def test_an_arm_whose_adapter_is_missing_is_not_finished(experiment):
+    results = experiment.run(lambda *words: None)
+    ours, control = results
+    shutil.rmtree(experiment.adapter(ours))
+    assert experiment.finished(ours) is None and experiment.finished(control) == results[control]
+    again = experiment.run(lambda *words: None)
+    assert again[ours].correct == results[ours].correct and experiment.finished(ours)
 
 
 def test_the_test_images_choose_nothing(experiment, task):
