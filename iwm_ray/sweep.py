@@ -43,6 +43,8 @@ def main(define: Define, arguments: Sequence[str] | None = None) -> None:
 
 def _main(define: Define, arguments: Sequence[str]) -> None:
     options = _parser(sys.modules[define.__module__].__doc__ or "").parse(arguments)
+    if options.want_mrr is not None and not 0 <= options.want_mrr <= 1:
+        raise UsageError(f"--want-mrr {options.want_mrr:g}: needs a number from 0 to 1")
     if options.report is not None:
         _write_report(options.report, options)
         return
@@ -235,7 +237,16 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def _write_report(folder: Path, options: argparse.Namespace) -> None:
-    raise NotImplementedError
+    """Writes and names the report; prints its sentences and what was asked of the dial."""
+    from iwm_ray.sweeping.report import Report
+
+    report = Report.open(folder)
+    page = report.write()
+    print("\n".join(report.text))
+    for want in (options.want_mrr, options.want):
+        if want is not None:
+            print("\n".join(report.wanted(want)))
+    print(f"report       {page}", flush=True)
 
 
 # ---- running ----

@@ -194,6 +194,7 @@ def run_trials(
         num_samples: how many the searcher chooses.
         say: takes a line for each trial that begins, ends or fails.
     """
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables even when it is told to be quiet
     pattern = jobs[0]
     points = [job.trial.point for job in jobs]
     folder = tempfile.mkdtemp(prefix="iwm-tune-")
