@@ -21,11 +21,14 @@ LAYERS = [
     ["feed", "recipes"],
     ["loader", "build", "cli"],
     ["finetuning"],
+    ["sweeping"],
     ["session", "plan_report", "progress"],
     ["summary"],
     ["runtime"],
     ["measurement"],
     ["pretrain", "evaluate", "visualize", "finetune", "replay", "__main__"],
+    ["trial"],
+    ["sweep"],
 ]
 # Siblings that must not know each other: they meet in Batch and in one integer.
 STRANGERS = ["data", "views", "model"]

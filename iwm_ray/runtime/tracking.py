@@ -512,6 +512,11 @@ class NullTracker:
 
     uri = "none"
 
+    @property
+    def run_id(self) -> str:
+        """The MLflow run: there is none."""
+        return ""
+
     def start(self) -> Self:
         """Does nothing."""
         return self
