@@ -97,8 +97,10 @@ def _data(trained: Trained) -> str:
     count = "unknown: the images are no longer there as the run read them"
     with suppress(UsageError):
         index = Index.open(config.data, config.data.path, cache_folder(config))
-        if recorded in (None, index.hash):
+        if recorded == index.hash:
             count = f"{len(index):,}"
+        elif recorded is None:
+            count = f"{len(index):,} now; the run did not record which it read"
     return f"""\
 ## Training data
 

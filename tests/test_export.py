@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from iwm_ray import exporting
+from iwm_ray.data.index import Index
 from iwm_ray.export import main
 from iwm_ray.finetuning import adapter
 from iwm_ray.trained import Trained
@@ -75,7 +76,7 @@ def test_a_classifier_gives_its_probabilities(adapters, tmp_path, format, kind):
     assert "astronaut" in card and "`finetune/photos_tiny/top1`" in card
 
 
-def test_the_card_says_what_the_run_recorded(clean_run, tmp_path):
+def test_the_card_says_what_the_run_recorded(clean_run, photo_cache, tmp_path):
     assert export(clean_run, "--format", "timm", "--output", tmp_path / "out") == 0
     card, trained = (tmp_path / "out" / "README.md").read_text(), Trained.open(clean_run)
     recorded = json.loads(trained.run.environment.read_text())
@@ -92,7 +93,8 @@ def test_the_card_says_what_the_run_recorded(clean_run, tmp_path):
         assert f"| `{field.name}` | {field.unit} | {field.identity:g} | {field.scale:g} |" in card
     metrics = json.loads(trained.run.summary.read_text())["metrics"]
     assert f"| `mrr/mrr` | {metrics['mrr/mrr']:.4g} | {metrics['mrr/mrr_low']:.4g} to" in card
-    assert "number of images: 1,184" in card
+    index = Index.open(trained.config.data, "photos_tiny", photo_cache)
+    assert f"number of images: {len(index):,}\n" in card
 
 
 def test_the_card_of_an_earlier_checkpoint_has_its_own_figures(clean_run, tmp_path):

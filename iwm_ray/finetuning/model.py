@@ -76,9 +76,10 @@ class Tuned(nn.Module):
         tokens = inputs if inputs.ndim == 3 else self.encode(inputs)
         if self.predictor is None:
             return tokens
-        grid = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        count = tokens.shape[0]  # not len(tokens): torch.export would take it for a constant
+        grid = torch.arange(tokens.shape[1], device=tokens.device).expand(count, -1)
         target_idx = grid if query.target_idx is None else query.target_idx
-        token = self.task_tokens[task].expand(len(tokens), -1, -1) if task in self.task_tokens else None
+        token = self.task_tokens[task].expand(count, -1, -1) if task in self.task_tokens else None
         return self.predictor(tokens, grid, target_idx, query.action, token)
 
     def encode(self, images: Tensor) -> Tensor:
