@@ -76,10 +76,9 @@ class Exported:
                 "action random or target_fraction below 1: a graph cannot draw; export an adapter tuned with the "
                 "null action and the full target"
             )
-        encoder = classifier.tuned.encoder
         network = _Probabilities(classifier.tuned, classifier.task, asking.policy.action_dim)
         output = f"probabilities: float32 [b {len(classifier.class_names)}]"
-        return cls(network, encoder.grid[0] * encoder.patch_size, output)
+        return cls(network, classifier.image_size, output)
 
 
 class _Probabilities(nn.Module):

@@ -44,14 +44,18 @@ class Classifier:
     class_names: tuple[str, ...]
     asking: Asking
 
+    @property
+    def image_size(self) -> int:
+        """Side of the images, pixels."""
+        return self.tuned.encoder.grid[0] * self.tuned.encoder.patch_size
+
     def predict(self, images: Tensor) -> Tensor:
         """`[b 3 s s]` uint8 RGB of the encoder's size -> `[b c]` float32 probabilities, on the model's device.
 
         Raises:
             UsageError: other sizes or types of images.
         """
-        encoder, device = self.tuned.encoder, model_device(self.tuned)
-        side = encoder.grid[0] * encoder.patch_size
+        side, device = self.image_size, model_device(self.tuned)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
             raise UsageError(
                 f"images {images.dtype} {list(images.shape)}: needs uint8 [b 3 {side} {side}]; resize them"
