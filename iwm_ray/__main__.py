@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("pretrain", "evaluate", "visualize", "finetune", "replay")
+COMMANDS = ("pretrain", "evaluate", "visualize", "finetune", "export", "predict", "replay")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The command behind the documents in sweeps/: plans a sweep, runs what is not done yet, and reports.
 
-    python sweeps/spectrum.py --size cifar10 --data.path train.parquet --data.test-path test.parquet
+python sweeps/spectrum.py --size cifar10 --data.path train.parquet --data.test-path test.parquet
 """
 
 import argparse
@@ -81,22 +81,38 @@ def _parser(document: str) -> cli.Parser:
         "--output", type=Path, metavar="DIR", help="folder of the sweep; default runs/sweeps/NAME-SIZE"
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds of every configuration")
-    parser.add_argument("--dry-run", action="store_true", help="print trials, hours and resources; start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print trials, hours and resources; start nothing"
+    )
     parser.add_argument("--smoke", action="store_true", help="one tiny value of each axis")
     parser.add_argument("--no-finetune", action="store_true", help="leave out predictor finetuning")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="only write the report of a sweep's folder, or of runs")
-    parser.add_argument("--want-mrr", type=float, metavar="X", help="name the known configuration nearest to this MRR")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="only write the report of a sweep's folder, or of runs"
+    )
+    parser.add_argument(
+        "--want-mrr", type=float, metavar="X", help="name the known configuration nearest to this MRR"
+    )
     parser.add_argument("--want", choices=WANTED, help="name the known configuration that is best at this")
     group = parser.add_argument_group("search and resources")
-    group.add_argument("--search", choices=("grid", "random", "optuna"), default="grid", help="how points are chosen")
+    group.add_argument(
+        "--search", choices=("grid", "random", "optuna"), default="grid", help="how points are chosen"
+    )
     group.add_argument("--trials", type=int, metavar="N", help="how many points random and optuna choose")
     group.add_argument(
         "--asha", metavar="METRIC", help="stop trials that fall behind in a monitor, such as monitor/knn_top1"
     )
-    group.add_argument("--max-failures", type=int, default=1, metavar="N", help="attempts after the first; default 1")
-    group.add_argument("--at-once", type=int, default=0, metavar="N", help="most trials at once; default as many as fit")
     group.add_argument(
-        "--gpus-per-trial", type=float, default=1.0, metavar="X", help="1, 0.5, 0.25 ...: small trials share a GPU"
+        "--max-failures", type=int, default=1, metavar="N", help="attempts after the first; default 1"
+    )
+    group.add_argument(
+        "--at-once", type=int, default=0, metavar="N", help="most trials at once; default as many as fit"
+    )
+    group.add_argument(
+        "--gpus-per-trial",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="1, 0.5, 0.25 ...: small trials share a GPU",
     )
     cli.add_common_options(parser)
     cli.add_settings(parser, Config)
@@ -181,7 +197,16 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         mode = "min" if options.asha in _MINIMISED else "max"
         asha = tune.Asha(options.asha, mode, total_steps, max(1, 2 * every))
     return Plan(
-        sweep, directory, trials, left, options.search, options.trials or 0, asha, options.max_failures, room, hours
+        sweep,
+        directory,
+        trials,
+        left,
+        options.search,
+        options.trials or 0,
+        asha,
+        options.max_failures,
+        room,
+        hours,
     )
 
 
@@ -212,7 +237,10 @@ def _expected(trials: Sequence[Trial], directory: SweepDirectory, at_once: int) 
     config = trials[0].config
     if config.runtime.use_gpu:
         gpu_hours = total / 1e15 / 3600
-        return f"{gpu_hours:,.1f} GPU-hours of training at 1000 TFLOP/s; expect 20 to 50 % of a GPU's peak", steps
+        return (
+            f"{gpu_hours:,.1f} GPU-hours of training at 1000 TFLOP/s; expect 20 to 50 % of a GPU's peak",
+            steps,
+        )
     low, high = (total / (gemm_rate() * share * at_once) for share in (0.8, 0.25))
     return f"{duration(low)} to {duration(high)} of training on these CPUs, measuring on top", steps
 
@@ -232,7 +260,9 @@ def plan_lines(plan: Plan) -> list[str]:
         f"  time       {plan.hours}",
     ]
     if plan.asha:
-        lines.append(f"  scheduler  ASHA on {plan.asha.metric} ({plan.asha.mode}), from step {plan.asha.grace_steps}")
+        lines.append(
+            f"  scheduler  ASHA on {plan.asha.metric} ({plan.asha.mode}), from step {plan.asha.grace_steps}"
+        )
     return lines
 
 

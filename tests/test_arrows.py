@@ -25,8 +25,9 @@ LAYERS = [
     ["session", "plan_report", "progress"],
     ["summary"],
     ["runtime"],
-    ["measurement"],
-    ["pretrain", "evaluate", "visualize", "finetune", "replay", "__main__"],
+    ["measurement", "exporting", "prediction"],
+    ["model_card"],
+    ["pretrain", "evaluate", "visualize", "finetune", "export", "predict", "replay", "__main__"],
     ["trial"],
     ["sweep"],
 ]

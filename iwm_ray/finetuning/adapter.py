@@ -33,7 +33,7 @@ from iwm_ray.run_directory import write_json
 from iwm_ray.trained import Trained
 
 _FORMAT = 1
-_TENSORS, _FACTS = "adapter.safetensors", "adapter.json"
+_TENSORS, FACTS = "adapter.safetensors", "adapter.json"
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,18 @@ class Classifier:
     class_names: tuple[str, ...]
     asking: Asking
 
+    @property
+    def image_size(self) -> int:
+        """Side of the images, pixels."""
+        return self.tuned.encoder.grid[0] * self.tuned.encoder.patch_size
+
     def predict(self, images: Tensor) -> Tensor:
         """`[b 3 s s]` uint8 RGB of the encoder's size -> `[b c]` float32 probabilities, on the model's device.
 
         Raises:
             UsageError: other sizes or types of images.
         """
-        encoder, device = self.tuned.encoder, model_device(self.tuned)
-        side = encoder.grid[0] * encoder.patch_size
+        side, device = self.image_size, model_device(self.tuned)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
             raise UsageError(
                 f"images {images.dtype} {list(images.shape)}: needs uint8 [b 3 {side} {side}]; resize them"
@@ -103,12 +107,12 @@ def save(
         "tasks": {name: list(names) for name, names in class_names.items()},
         "has_task_tokens": bool(tuned.task_tokens),
     }
-    write_json(folder / _FACTS, facts)
+    write_json(folder / FACTS, facts)
 
 
 def exists(folder: Path) -> bool:
     """Whether a whole adapter lies there."""
-    return (folder / _FACTS).exists()
+    return (folder / FACTS).exists()
 
 
 def attach(folder: Path, encoder: Encoder) -> Tuned:
@@ -156,9 +160,7 @@ def load(folder: Path, task: str = "", run: Path | None = None) -> Classifier:
             f"task {task!r}: the adapter {folder} has {', '.join(facts['tasks'])}; choose one of them"
         )
     task = task or next(iter(facts["tasks"]))
-    run = run or Path(os.path.normpath(folder.absolute() / facts["run"]))
-    checkpoint = run / "checkpoints" / facts["checkpoint"]
-    trained = Trained.open(checkpoint if checkpoint.is_dir() else run)
+    trained = trained_of(folder, run)
     model = trained.load()
     encoder = model.target_encoder if facts["encoder"] == "target" else model.encoder
     asking = Asking(
@@ -170,15 +172,23 @@ def load(folder: Path, task: str = "", run: Path | None = None) -> Classifier:
     return Classifier(attach(folder, encoder), task, tuple(facts["tasks"][task]), asking)
 
 
+def trained_of(folder: Path, run: Path | None = None) -> Trained:
+    """The checkpoint that an adapter belongs to; `run` where its run has moved."""
+    facts = _read_facts(folder)
+    run = run or Path(os.path.normpath(folder.absolute() / facts["run"]))
+    checkpoint = run / "checkpoints" / facts["checkpoint"]
+    return Trained.open(checkpoint if checkpoint.is_dir() else run)
+
+
 def _read_facts(folder: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((folder / _FACTS).read_text())
+        facts = json.loads((folder / FACTS).read_text())
     except OSError:
         raise UsageError(
-            f"adapter {folder}: no {_FACTS} there; give a folder RUN/finetune/NAME/adapters/ARM"
+            f"adapter {folder}: no {FACTS} there; give a folder RUN/finetune/NAME/adapters/ARM"
         ) from None
     except ValueError as error:
-        raise RunError(f"adapter {folder}: {_FACTS} is damaged ({error}); finetune again") from None
+        raise RunError(f"adapter {folder}: {FACTS} is damaged ({error}); finetune again") from None
     if facts.get("format") != _FORMAT:
         raise UsageError(
             f"adapter {folder}: format {facts.get('format')}, this version reads {_FORMAT}; update iwm_ray"

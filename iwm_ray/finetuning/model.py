@@ -77,11 +77,12 @@ class Tuned(nn.Module):
         tokens = inputs if inputs.ndim == 3 else self.encode(inputs)
         if self.predictor is None:
             return tokens
-        grid = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        count = tokens.shape[0]  # not len(tokens): torch.export would take it for a constant
+        grid = torch.arange(tokens.shape[1], device=tokens.device).expand(count, -1)
         target_idx = grid if query.target_idx is None else query.target_idx
         token = None
         if module_name(task) in self.task_tokens:
-            token = self.task_tokens[module_name(task)].expand(len(tokens), -1, -1)
+            token = self.task_tokens[module_name(task)].expand(count, -1, -1)
         return self.predictor(tokens, grid, target_idx, query.action, token)
 
     def encode(self, images: Tensor) -> Tensor:

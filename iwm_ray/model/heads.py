@@ -52,7 +52,8 @@ class AttentiveHead(nn.Module):
         """`[b n d]` -> `[b d]`: what the query has gathered."""
         tokens = self.norm_tokens(tokens)
         heads = (self.num_heads, -1)
-        query = self.to_query(self.query).expand(len(tokens), -1, -1).unflatten(-1, heads).transpose(1, 2)
+        # Not len(tokens): torch.export would take it for a constant.
+        query = self.to_query(self.query).expand(tokens.shape[0], -1, -1).unflatten(-1, heads).transpose(1, 2)
         key, value = self.to_key_value(tokens).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         pooled = self.query + self.project(mixed)

@@ -10,7 +10,21 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from iwm_ray.pictures.style import BLUE, DPI, GREEN, GREY, HEADING, INK, ORANGE, PALE, PURPLE, RED, SKY, SMALL, TEXT
+from iwm_ray.pictures.style import (
+    BLUE,
+    DPI,
+    GREEN,
+    GREY,
+    HEADING,
+    INK,
+    ORANGE,
+    PALE,
+    PURPLE,
+    RED,
+    SKY,
+    SMALL,
+    TEXT,
+)
 
 Range = tuple[float, float]
 
@@ -96,8 +110,12 @@ def spectrum_map(
         if number >= len(panels) - columns:
             axes.set_xlabel("MRR", fontsize=TEXT, color=INK)
     handles = [
-        *_legend(color_axis, [Line2D([], [], color=c, marker="o", ls="", label=n) for n, c in color_of.items()]),
-        *_legend(marker_axis, [Line2D([], [], color=INK, marker=m, ls="", label=n) for n, m in marker_of.items()]),
+        *_legend(
+            color_axis, [Line2D([], [], color=c, marker="o", ls="", label=n) for n, c in color_of.items()]
+        ),
+        *_legend(
+            marker_axis, [Line2D([], [], color=INK, marker=m, ls="", label=n) for n, m in marker_of.items()]
+        ),
         Line2D([], [], color=GREY, marker="o", ls="", ms=3, alpha=0.6, label="one seed"),
         Line2D([], [], color=GREY, lw=1.2, label="95 % over images"),
     ]
@@ -105,7 +123,12 @@ def spectrum_map(
         handles.append(Line2D([], [], color=GREY, lw=1.2, ls="--", label="MRR by chance"))
     columns_of_legend = min(len(handles), max(3, int(width / 1.7)))
     figure.legend(
-        handles=handles, loc="lower center", ncol=columns_of_legend, fontsize=SMALL, frameon=False, labelcolor=INK
+        handles=handles,
+        loc="lower center",
+        ncol=columns_of_legend,
+        fontsize=SMALL,
+        frameon=False,
+        labelcolor=INK,
     )
     return figure
 
@@ -149,7 +172,9 @@ def _whiskers(value: float, ends: Range) -> NDArray[np.float64]:
     return np.nan_to_num([[max(0.0, value - low)], [max(0.0, high - value)]])
 
 
-def effect_grid(effects: Mapping[tuple[str, str], Mapping[str, Sequence[float]]], percent: Sequence[str]) -> Figure:
+def effect_grid(
+    effects: Mapping[tuple[str, str], Mapping[str, Sequence[float]]], percent: Sequence[str]
+) -> Figure:
     """Draws, for each axis (columns) and metric (rows), the figures of the configurations with each value, and their mean.
 
     Args:
@@ -196,7 +221,10 @@ def _draw_effect(axes: Axes, values: Mapping[str, NDArray[np.float64]]) -> None:
 
 
 def heat_maps(
-    tables: Mapping[str, NDArray[np.float64]], rows: Sequence[str], columns: Sequence[str], names: tuple[str, str]
+    tables: Mapping[str, NDArray[np.float64]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    names: tuple[str, str],
 ) -> Figure:
     """Draws MRR over two axes, one table for each value of a third.
 
@@ -214,7 +242,13 @@ def heat_maps(
     width = figure.get_figwidth()
     top = max((float(np.nanmax(table)) for table in tables.values() if np.isfinite(table).any()), default=1.0)
     grid = figure.add_gridspec(
-        1, count, left=1.35 / width, right=1 - 1.15 / width, top=1 - 0.45 / height, bottom=0.75 / height, wspace=0.12
+        1,
+        count,
+        left=1.35 / width,
+        right=1 - 1.15 / width,
+        top=1 - 0.45 / height,
+        bottom=0.75 / height,
+        wspace=0.12,
     )
     image = None
     for number, (title, table) in enumerate(tables.items()):
@@ -225,7 +259,9 @@ def heat_maps(
             value = table[row, column]
             text = f"{value:.3f}" if np.isfinite(value) else "none"
             dark = np.isfinite(value) and value < 0.55 * top
-            axes.text(column, row, text, ha="center", va="center", fontsize=TEXT, color="white" if dark else INK)
+            axes.text(
+                column, row, text, ha="center", va="center", fontsize=TEXT, color="white" if dark else INK
+            )
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows if number == 0 else [])
         axes.set_xlabel(names[1], fontsize=TEXT, color=INK)

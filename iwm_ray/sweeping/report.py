@@ -156,7 +156,9 @@ class Report:
             )
             known = by_metric[outcome.metric]
             note = (
-                f"rank correlation {known.value:+.2f} ({known.low:+.2f} to {known.high:+.2f})".replace("-", "−")
+                f"rank correlation {known.value:+.2f} ({known.low:+.2f} to {known.high:+.2f})".replace(
+                    "-", "−"
+                )
                 if known.is_known
                 else "too few configurations for a correlation"
             )
@@ -225,7 +227,9 @@ class Report:
             facts[name] = f"{group.title}: MRR {figure(group.mean(MRR), group.interval(MRR))}"
             facts[f"{name}, command"] = pretrain_command(group.results[0].config)
         if self.failures:
-            facts["failed"] = "; ".join(f"{each['title']}: {each['reason']}" for each in self.failures.values())
+            facts["failed"] = "; ".join(
+                f"{each['title']}: {each['reason']}" for each in self.failures.values()
+            )
         return facts
 
     def _captions(self) -> list[tuple[str, str, str]]:
@@ -271,12 +275,12 @@ _MAP_CAPTION = (
     "Each large mark is a configuration, the mean over its seeds; small ones are the seeds. Whiskers are 95 % intervals "
     "over test images, not over seeds. The dashed line is the MRR of guessing."
 )
-_EFFECTS_CAPTION = (
-    "Small marks are configurations; the line joins the mean of those with each value. The other axes are averaged over."
-)
+_EFFECTS_CAPTION = "Small marks are configurations; the line joins the mean of those with each value. The other axes are averaged over."
 _HEAT_CAPTION = "MRR, mean over seeds and over the axes that are not shown."
 _TABLE_CAPTION = "By rising MRR; means over seeds. One row a trial, with all figures, stands in trials.csv and trials.parquet."
-_HEALTH_CAPTION = "What the monitors said at the end of training. A trial that has collapsed is not on the map."
+_HEALTH_CAPTION = (
+    "What the monitors said at the end of training. A trial that has collapsed is not on the map."
+)
 
 
 def _measured(groups: Sequence[Configuration], outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -24,7 +24,9 @@ from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.space import SEED, Point, words
 
 MRR = "mrr/mrr"
-FEWEST = 5  # configurations of which a rank correlation is told; of four, one order in twelve is perfect by chance
+FEWEST = (
+    5  # configurations of which a rank correlation is told; of four, one order in twelve is perfect by chance
+)
 _RESAMPLES = 2000
 
 
@@ -147,7 +149,9 @@ def read_results(folder: Path) -> list[Result]:
     directory = SweepDirectory(folder)
     paths = directory.runs() or sorted(path.parent for path in folder.glob("*/config.json"))
     if not paths:
-        raise UsageError(f"--report {folder}: no trials there; give the folder of a sweep, or one of run directories")
+        raise UsageError(
+            f"--report {folder}: no trials there; give the folder of a sweep, or one of run directories"
+        )
     configs = {path: read_config(path) for path in paths}
     known = directory.points()
     points = {path: known.get(path.name) for path in paths}
@@ -178,7 +182,8 @@ def relation(groups: Sequence[Configuration], outcome: Outcome) -> Relation:
     resampled = [
         spearman(*pairs[(uniform * count).astype(int)].T)
         for uniform in (
-            randomness.uniforms(0, 0, np.array([number]), "relation", count)[0] for number in range(_RESAMPLES)
+            randomness.uniforms(0, 0, np.array([number]), "relation", count)[0]
+            for number in range(_RESAMPLES)
         )
     ]
     # A resample that holds one value alone has no order to compare.
@@ -332,5 +337,3 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return np.asarray(((2 * last - counts + 1) / 2)[inverse], np.float64)
-
-

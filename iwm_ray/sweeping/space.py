@@ -18,7 +18,11 @@ from iwm_ray.finetuning.settings import FinetuneConfig
 from iwm_ray.recipes import RECIPES
 
 Size = Literal["laptop", "cifar10", "imagenet"]
-SIZES: dict[Size, str] = {"laptop": "photos_tiny", "cifar10": "cifar10_small", "imagenet": "vitb16_in1k_invariant"}
+SIZES: dict[Size, str] = {
+    "laptop": "photos_tiny",
+    "cifar10": "cifar10_small",
+    "imagenet": "vitb16_in1k_invariant",
+}
 """size -> recipe that a sweep of this size varies"""
 
 SEED = "seed"

@@ -1,0 +1,114 @@
+"""`python -m iwm_ray.export RUN --format timm`: the encoder, or an adapter's classifier, for other libraries.
+
+The folder is read back by the format's own library, and the maximal difference is printed; its README.md is a model
+card.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from iwm_ray import cli
+from iwm_ray.errors import UsageError
+
+_FORMATS = ("timm", "hf", "onnx", "torch-export")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command and exits with its code."""
+    sys.exit(cli.run_command(_main, sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: Sequence[str]) -> None:
+    options = _parser().parse(arguments)
+    for name, value, known in (
+        ("format", options.format, _FORMATS),
+        ("encoder", options.encoder, ("target", "context")),
+    ):
+        if value not in known:
+            raise UsageError(f"--{name} {value!r}: choose {', '.join(known)}{cli.suggest(str(value), known)}")
+    from iwm_ray import exporting
+    from iwm_ray.finetuning import adapter
+    from iwm_ray.model_card import model_card
+    from iwm_ray.trained import Trained
+
+    is_adapter = (options.run / adapter.FACTS).exists()
+    if is_adapter:
+        trained = adapter.trained_of(options.run)
+        exported = exporting.Exported.of_classifier(adapter.load(options.run, options.task))
+    else:
+        trained = Trained.open(options.run, options.checkpoint)
+        exported = exporting.Exported.of_encoder(trained, options.encoder)
+    exporting.check(options.format, exported)
+    name = f"{options.run.name}-" if is_adapter else ""
+    default = trained.run.path / "export" / f"{name}{trained.path.name}-{options.format}"
+    output = (options.output or default).expanduser().absolute()
+    _refuse_taken(output)
+    with tempfile.TemporaryDirectory(
+        prefix=".exporting-", dir=_made(output.parent), ignore_cleanup_errors=True
+    ) as scratch:
+        folder = Path(scratch, "export")
+        folder.mkdir()
+        difference = exporting.write(options.format, exported, folder)
+        card = model_card(
+            trained, exported, options.format, difference, options.run.absolute() if is_adapter else None
+        )
+        (folder / "README.md").write_text(card)
+        os.rename(folder, output)
+    print(f"exported     {output}")
+    print(f"difference   {difference:.3g} at most, of {exported.output}, read back from the folder")
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m iwm_ray.export",
+        description="Write a trained encoder, or an adapter's classifier, for other libraries. onnx and torch-export "
+        "take uint8 RGB images of any number; timm and hf hold encoders only.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "run",
+        type=Path,
+        metavar="RUN|ADAPTER",
+        help="run directory, one of its checkpoints, or RUN/finetune/NAME/adapters/ARM",
+    )
+    parser.add_argument("--format", required=True, metavar="|".join(_FORMATS), help="of the folder's files")
+    parser.add_argument(
+        "--checkpoint", default="newest", metavar="WHICH", help="newest, best, or the step of a kept one"
+    )
+    parser.add_argument(
+        "--encoder", default="target", metavar="target|context", help="which encoder of a run"
+    )
+    parser.add_argument("--task", default="", help="of an adapter with several")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="new folder; default RUN/export/<checkpoint>-<format>"
+    )
+    cli.add_common_options(parser)
+    return parser
+
+
+def _refuse_taken(output: Path) -> None:
+    try:
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    except OSError as error:
+        raise UsageError(f"--output {output}: {error.strerror}; choose another --output") from None
+    if taken:
+        raise UsageError(f"--output {output}: is there and not empty; choose another --output")
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output in {folder}: {error.strerror}; choose another --output") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--output in {folder}: not writable; choose another --output")
+    return folder
+
+
+if __name__ == "__main__":
+    main()

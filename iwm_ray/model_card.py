@@ -1,0 +1,201 @@
+"""The model card of an export: where the weights come from, how good they are, how to load them.
+
+Everything in it is read from the run's files; what a run does not record is said to be unknown.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from iwm_ray.build import cache_folder
+from iwm_ray.data.index import Index
+from iwm_ray.errors import UsageError
+from iwm_ray.exporting import ONNX_FILE, TORCH_FILE, Exported, Format
+from iwm_ray.run_directory import read_lines
+from iwm_ray.trained import Trained
+
+_SETTINGS = ("views", "masks", "encoder", "predictor", "optimizer", "schedule")
+_NOT_A_QUALITY = ("train/", "monitor/seconds")
+
+_LOADING: dict[Format, str] = {
+    "timm": """\
+import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+tokens = model.forward_features(transform(image)[None])  # image: PIL, RGB""",
+    "hf": """\
+from transformers import AutoImageProcessor, AutoModel  # transformers reads timm's layout, timm must be there
+
+model = AutoModel.from_pretrained("FOLDER").eval()
+processor = AutoImageProcessor.from_pretrained("FOLDER")
+tokens = model(**processor(image, return_tensors="pt")).last_hidden_state  # image: PIL, RGB""",
+    "onnx": f"""\
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/{ONNX_FILE}")
+(output,) = session.run(None, {{"images": images}})  # uint8 numpy array, as above""",
+    "torch-export": f"""\
+import torch
+
+model = torch.export.load("FOLDER/{TORCH_FILE}").module()
+output = model(images)  # uint8 tensor, as above""",
+}
+
+
+def model_card(
+    trained: Trained, exported: Exported, format: Format, difference: float, adapter: Path | None = None
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        trained: the run and checkpoint.
+        exported: what was written.
+        format: how.
+        difference: see exporting.write.
+        adapter: folder of the adapter, where it is one.
+    """
+    sections = [
+        _head(trained, exported, format, difference),
+        _data(trained),
+        _training(trained),
+        *([_adapter(adapter)] if adapter else []),
+        _figures(trained),
+        _actions(trained),
+        "## Loading\n\n```python\n" + _LOADING[format] + "\n```",
+        "## Licence\n\nThe run states no licence for these weights: it depends on that of the images above. The code "
+        "(iwm_ray) is under Apache-2.0.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _head(trained: Trained, exported: Exported, format: Format, difference: float) -> str:
+    size = exported.image_size
+    takes = (
+        f"float32 `[b 3 {size} {size}]` RGB, normalised as config.json says"
+        if format in ("timm", "hf")
+        else f"uint8 `[b 3 {size} {size}]` RGB, any b; the normalisation is inside"
+    )
+    what = "encoder" if exported.encoder is not None else "classifier (encoder, predictor, head)"
+    return f"""\
+# Image World Model: {what}
+
+The {what} of an Image World Model (arXiv 2403.00504), written by iwm_ray in the format `{format}`.
+
+- run: `{trained.run.path.name}`, checkpoint `{trained.path.name}`, weights SHA-256 `{trained.hash}`
+- input: {takes}; shorter side resized to {size} (antialiased bilinear), centre cropped
+- output: {exported.output}
+- maximal difference to iwm_ray's own output, on random images: {difference:.2g}"""
+
+
+def _data(trained: Trained) -> str:
+    config = trained.config
+    known = _json(trained.run.environment)
+    recorded = known.get("data_hash")
+    count = "unknown: the images are no longer there as the run read them"
+    with suppress(UsageError):
+        index = Index.open(config.data, config.data.path, cache_folder(config))
+        if recorded == index.hash:
+            count = f"{len(index):,}"
+        elif recorded is None:
+            count = f"{len(index):,} now; the run did not record which it read"
+    return f"""\
+## Training data
+
+- images: `{config.data.path}`
+- hash: {f"`{recorded}`" if recorded else "not recorded"}
+- number of images: {count}
+- labels: not used in pretraining"""
+
+
+def _training(trained: Trained) -> str:
+    config = trained.config
+    known = _json(trained.run.environment)
+    versions = ", ".join(f"{name} {value}" for name, value in known.get("versions", {}).items() if value)
+    settings = "\n".join(
+        f"{name} = {json.dumps(value)}"
+        for name, value in config.flat().items()
+        if name.partition(".")[0] in _SETTINGS
+    )
+    return f"""\
+## Training
+
+- recipe: `{config.recipe}`, seed {config.seed}; hash of the configuration `{config.hash()}`
+- steps: {trained.step:,}, samples seen: {trained.step * config.optimizer.global_batch_size:,}
+- code: commit `{known.get("git_commit") or "unknown"}`; {versions or "versions not recorded"}
+
+```
+{settings}
+```"""
+
+
+def _adapter(folder: Path) -> str:
+    facts = _json(folder / "adapter.json")
+    tuned = _json(folder.parent.parent / "config.json")
+    metrics = _json(folder.parent.parent / "summary.json").get("metrics", {})
+    tasks = "\n".join(
+        f"- task `{name}`, {len(names)} classes: {', '.join(names)}" for name, names in facts["tasks"].items()
+    )
+    paths = {key: tuned.get("data", {}).get(key, []) for key in ("path", "test_path")}
+    return f"""\
+## Finetuning
+
+- adapter: `{folder.name}`, head {facts["head"]}, {facts["encoder"]} encoder
+- data: `{" ".join(paths["path"]) or "not recorded"}`, tested on `{" ".join(paths["test_path"]) or "not recorded"}`
+{tasks}
+
+{_table(metrics, {})}"""
+
+
+def _figures(trained: Trained) -> str:
+    """What was measured of this very checkpoint: metrics.jsonl at its step, beside evaluation's untrained weights."""
+    metrics: dict[str, float] = {}
+    for row in read_lines(trained.run.metrics):
+        if row.get("step") == trained.step:
+            metrics |= {name: value for name, value in row.items() if name not in ("step", "time")}
+    untrained: dict[str, float] = {}
+    for path in sorted((trained.run.path / "evaluation" / trained.path.name).glob("*.json")):
+        measured = _json(path).get("measured", {})
+        metrics |= measured.get("trained", {})
+        untrained |= measured.get("untrained", {})
+    return "## Figures\n\n" + _table(metrics, untrained)
+
+
+def _table(metrics: Mapping[str, float | None], untrained: Mapping[str, float | None]) -> str:
+    rows = []
+    for name, value in sorted(metrics.items()):
+        if value is None or name.endswith(("_low", "_high")) or name.startswith(_NOT_A_QUALITY):
+            continue
+        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+        between = f"{low:.4g} to {high:.4g}" if low is not None and high is not None else ""
+        control = untrained.get(name)
+        rows.append((f"`{name}`", f"{value:.4g}", between, "" if control is None else f"{control:.4g}"))
+    if not rows:
+        return "Nothing was measured at this step."
+    return _markdown(("metric", "value", "95 % interval", "untrained weights"), rows)
+
+
+def _actions(trained: Trained) -> str:
+    rows = [
+        (f"`{field.name}`", field.unit, f"{field.identity:g}", f"{field.scale:g}")
+        for field in trained.policy.schema
+    ]
+    text = "The predictor is told these components; each is (value - identity) / scale. "
+    text += "An encoder takes no action; a classifier asks with the null action, all zeros."
+    if not rows:
+        return "## Action\n\nThe views of this run have no photometric action."
+    return f"## Action\n\n{text}\n\n{_markdown(('component', 'unit', 'identity', 'scale'), rows)}"
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file; empty where it is missing or damaged."""
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
