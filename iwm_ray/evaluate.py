@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from iwm_ray import cli
 from iwm_ray.errors import UsageError
-from iwm_ray.evaluation.settings import EvaluateConfig
+from iwm_ray.evaluation.settings import EvaluateConfig, MeasureConfig
 from iwm_ray.evaluation.table import table_lines
+from iwm_ray.progress import duration
 from iwm_ray.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from iwm_ray.trained import Trained
 
 _SECONDS_BETWEEN_LINES = 5.0
+# What is tracked of untrained weights and other encoders; everything is in the files.
+_HEADLINES = ("mrr/mrr", "action_r2/mean", "rank/rankme", "knn/top1", "linear/top1", "attentive/top1")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,10 +42,30 @@ def _main(arguments: Sequence[str]) -> None:
     if options.dry_run:
         print("\n".join(plan_lines(measurement)))
         return
-    results = [measurement.run(task) for task in measurement.settings.tasks]
+    results: list[TaskResult] = []
+    try:
+        for task in measurement.settings.tasks:
+            results.append(measurement.run(task))
+    finally:  # what is measured is shown, also where a later task fails
+        if results:
+            _finish(trained, config, measurement, results, options.cheap)
+
+
+def _finish(
+    trained: "Trained",
+    config: EvaluateConfig,
+    measurement: "Measurement",
+    results: Sequence["TaskResult"],
+    cheap: bool,
+) -> None:
+    if cheap or config.data != trained.config.data:
+        print("not tracked: cheap figures, or of other data than the run's own", file=sys.stderr)
+    else:
+        track(trained, config, results)
     print("\n".join(table_lines(together(results))))
+    for result in results:
+        print(f"{result.task:12} {result.images}, {duration(result.seconds)}")
     print(f"results      {measurement.folder}")
-    track(trained, config, results)
 
 
 def _parser() -> cli.Parser:
@@ -75,7 +98,7 @@ def read_config(trained: "Trained", options: argparse.Namespace) -> EvaluateConf
         UsageError: a value is wrong.
     """
     run, chosen = trained.config, vars(options)
-    tree = EvaluateConfig().model_dump()
+    tree = EvaluateConfig(measure=MeasureConfig.cheap() if options.cheap else MeasureConfig()).model_dump()
     tree["data"], tree["tracking"] = run.data.model_dump(), run.tracking.model_dump()
     tree["runtime"]["cache"] = run.runtime.cache
     if "data.path" in chosen:  # the run's own test images are of other training images
@@ -83,8 +106,7 @@ def read_config(trained: "Trained", options: argparse.Namespace) -> EvaluateConf
     cli.override(tree, options)
     if options.tasks:
         tree["measure"]["tasks"] = options.tasks
-    config = cli.validate_as(EvaluateConfig, tree)
-    return config.model_copy(update={"measure": config.measure.cheap()}) if options.cheap else config
+    return cli.validate_as(EvaluateConfig, tree)
 
 
 def open_measurement(trained: "Trained", config: EvaluateConfig, cheap: bool = False) -> "Measurement":
@@ -95,6 +117,7 @@ def open_measurement(trained: "Trained", config: EvaluateConfig, cheap: bool = F
     """
     from iwm_ray.data.decode import DecodeLimits
     from iwm_ray.data.index import Index
+    from iwm_ray.data.read import content_hash
     from iwm_ray.measurement import Measurement, results_folder
     from iwm_ray.progress import scanning
 
@@ -114,10 +137,13 @@ def open_measurement(trained: "Trained", config: EvaluateConfig, cheap: bool = F
         DecodeLimits.from_config(config.data),
         train,
         test,
-        results_folder(trained, cheap),
+        results_folder(
+            trained, cheap, "" if config.data == trained.config.data else content_hash(test or train)
+        ),
         _Progress(),
     )
     _ = measurement.encoders  # a wrong name is found before anything is measured
+    measurement.check(config.measure.tasks)
     return measurement
 
 
@@ -164,7 +190,15 @@ def track(trained: "Trained", config: EvaluateConfig, results: Sequence["TaskRes
     tracked = trained.config.model_copy(update={"tracking": config.tracking})
     try:
         with reopened(run, tracked) as tracker:
-            MetricsLog(run.metrics).correct(trained.step, together(results)[TRAINED])
+            figures = together(results)
+            metrics = figures[TRAINED]
+            for subject in figures.keys() - {TRAINED}:
+                metrics = metrics | {
+                    f"{subject}/{name}": value
+                    for name, value in figures[subject].items()
+                    if name in _HEADLINES
+                }
+            MetricsLog(run.metrics).correct(trained.step, metrics)
             summary.renew(run)
             for file in sorted((run.path / "evaluation").rglob("*.*")):
                 tracker.log_file(file, f"evaluation/{file.parent.name}")

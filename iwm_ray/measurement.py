@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,31 +24,44 @@ from iwm_ray.build import choose
 from iwm_ray.config import RuntimeConfig
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
-from iwm_ray.data.read import Reader
+from iwm_ray.data.read import Reader, content_hash
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation import probes
-from iwm_ray.evaluation.action_regression import action_features, regress
+from iwm_ray.evaluation.action_regression import MIN_IMAGES, action_features, regress
 from iwm_ray.evaluation.encoders import LAST, FrozenEncoder, RunEncoder, TimmEncoder
 from iwm_ray.evaluation.features import Features, measuring
+from iwm_ray.evaluation.intervals import named
 from iwm_ray.evaluation.mrr import rank_images, rank_rows, summarise
-from iwm_ray.evaluation.prediction_error import error_rows, make_questions, prediction_errors
+from iwm_ray.evaluation.prediction_error import Questions, error_rows, make_questions, prediction_errors
 from iwm_ray.evaluation.probes import ProbeResult
 from iwm_ray.evaluation.rank import lidar, rankme
-from iwm_ray.evaluation.settings import WORLD_MODEL, MeasureConfig, TaskName
+from iwm_ray.evaluation.settings import (
+    DECIDES,
+    PROBES,
+    REPRESENTATION,
+    TASKS,
+    WORLD_MODEL,
+    MeasureConfig,
+    TaskName,
+)
 from iwm_ray.model.iwm import IWM
 from iwm_ray.run_directory import write_json
 from iwm_ray.runtime.measure import Arrays, Progress, Work, extract, in_order, work_device
 from iwm_ray.trained import Trained
-from iwm_ray.training.loop import autocast
+from iwm_ray.training.loop import autocast, uses_bfloat16
 from iwm_ray.views.resize import clean_view
 
 Metrics = dict[str, float]
 Rows = dict[str, NDArray[Any]]
+Found = tuple[dict[str, Metrics], dict[str, Rows], list[str]]
+"""figures by subject, tables by name, numbers of images in words"""
 ShowProgress = Callable[[str, str], Progress]
 """task and subject -> what is called as the work goes on"""
 
 TRAINED, UNTRAINED = "trained", "untrained"
 _IMAGES_AT_ONCE = 4  # banks of one part
+_HELD_OUT = 5  # one in five images of each class, where there are no test images
+_VERSION = 1  # goes up when the same settings would give other figures, so that no kept result is taken
 
 
 @dataclass(frozen=True)
@@ -95,9 +108,9 @@ class Measurement:
             return kept
         begin = time.monotonic()
         measure = self._world_model if task in WORLD_MODEL else self._representation
-        measured, rows = measure(task)
-        settings = self.settings.model_dump(mode="json")
-        result = TaskResult(task, key, time.monotonic() - begin, settings, self._images(task), measured)
+        measured, rows, counts = measure(task)
+        settings, images = self.settings.model_dump(mode="json"), self._images(task, counts)
+        result = TaskResult(task, key, time.monotonic() - begin, settings, images, measured)
         self._write(result, rows)
         return result
 
@@ -114,35 +127,80 @@ class Measurement:
             found[name] = _encoder(self.trained, name)
         return found
 
+    def check(self, tasks: Sequence[TaskName]) -> None:
+        """Finds what would make a task fail, before hours have gone into the ones ahead of it.
+
+        Raises:
+            UsageError: no labels, one class, too few images, no such layer, views that don't differ.
+        """
+        if self.test is not None and content_hash(self.test) == content_hash(self.train):
+            raise UsageError("data.test_path: the same images as data.path; give others, or leave it out")
+        if set(tasks) & set(PROBES):
+            self._check_classes()
+        if set(tasks) & set(REPRESENTATION) and self.settings.layers != (LAST,):
+            depth = len(self.trained.untrained().encoder.vit.blocks)
+            wrong = [layer for layer in self.settings.layers if not LAST <= layer < depth]
+            if wrong:
+                raise UsageError(
+                    f"measure.layers {wrong[0]}: the encoder has layers 0 to {depth - 1}, and -1"
+                )
+        images = min(self.settings.images, len(self.test or self.train))
+        if "action_r2" in tasks and images < MIN_IMAGES:
+            raise UsageError(
+                f"measure.images: action_r2 needs {MIN_IMAGES}, there are {images}; leave the task out"
+            )
+        if "mrr" in tasks and not any(each.scale for each in self.trained.policy.target_jitter.fields):
+            raise UsageError(
+                "measure.tasks mrr: this run has no colour jitter, all views are equal; leave mrr out"
+            )
+
+    def _check_classes(self) -> None:
+        for index, setting in ((self.train, "data.path"), (self.test or self.train, "data.test_path")):
+            if not (index.labels >= 0).any():
+                raise UsageError(
+                    f"{setting}: no image has a label, and probes need them; give class folders, data.label_column, or "
+                    f"--tasks {' '.join(task for task in TASKS if task not in PROBES)}"
+                )
+        if len(np.unique(self.train.labels[self.train.labels >= 0])) < 2:
+            raise UsageError("data.path: all images are of one class; probes need two or more")
+
     @cached_property
     def _samples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Numbers of the probes' training and test images."""
+        """Numbers of the probes' training and test images; some of each class among the training images."""
         seed, settings = self.trained.config.seed, self.settings
+        everything = choose(seed, self.train, len(self.train), "probe")
+        place = _place_in_class(self.train.labels[everything])
         if self.test:
-            train = choose(seed, self.train, settings.train_images or len(self.train), "probe train")
-            return train, choose(seed, self.test, settings.test_images or len(self.test), "probe test")
-        held = max(1, len(self.train) // 5)
-        test = choose(seed, self.train, min(settings.test_images or held, held), "probe")
-        return choose(seed, self.train, settings.train_images or len(self.train), "probe", held), test
+            test = choose(seed, self.test, settings.test_images or len(self.test), "probe test")
+        else:
+            sizes = np.bincount(self.train.labels + 1)[self.train.labels[everything] + 1]
+            is_held = place < sizes // _HELD_OUT
+            test = everything[is_held][: settings.test_images or None]
+            everything, place = everything[~is_held], place[~is_held]
+        if settings.train_images:
+            # Every class has its first image before any has its second.
+            everything = everything[np.argsort(place, kind="stable")][: settings.train_images]
+        return everything, test
 
-    def _images(self, task: TaskName) -> str:
-        tested = "test images" if self.test else "images held out of data.path"
+    def _images(self, task: TaskName, counts: list[str]) -> str:
+        """In words, for the result."""
+        asked = f"test images of {self.test.uri}" if self.test else ""
         if task in WORLD_MODEL:
-            asked = self.test or self.train
-            return f"{min(self.settings.images, len(asked)):,} {'test' if self.test else 'training'} images"
-        train, test = self._samples
-        return f"{len(test):,} {tested}" + ("" if task == "rank" else f", {len(train):,} training images")
+            return f"{', '.join(counts)} {asked or 'training images'}"
+        return f"{', '.join(counts)} images; tested on {asked or 'a random fifth of the training images'}"
 
     def _key(self, task: TaskName) -> str:
-        settings = self.settings.model_dump(exclude={"tasks"})
-        data = [self.train.hash, self.test.hash if self.test else ""]
+        settings = self.settings.model_dump(include=set(DECIDES[task]))
+        data = [content_hash(index) if index else "" for index in (self.train, self.test)]
         encoders = {} if task in WORLD_MODEL else {name: each.hash for name, each in self.encoders.items()}
-        facts = json.dumps([task, self.trained.hash, settings, data, encoders], sort_keys=True)
-        return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+        precision = uses_bfloat16(self.runtime, work_device(self.runtime))
+        limits = asdict(self.limits)
+        facts = [_VERSION, task, self.trained.hash, settings, data, encoders, precision, limits]
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     # World model
 
-    def _world_model(self, task: TaskName) -> tuple[dict[str, Metrics], dict[str, Rows]]:
+    def _world_model(self, task: TaskName) -> Found:
         index = self.test or self.train
         samples = choose(self.trained.config.seed, index, self.settings.images, "evaluation")
         numbers = np.arange(len(samples))
@@ -161,23 +219,29 @@ class Measurement:
             measured[subject], some_rows = self._summarise(task, table, row_ids)
             if some_rows:
                 rows[subject] = some_rows
-        return measured, rows
+        unreadable = len(samples) - len(table["number"])
+        return (
+            measured,
+            rows,
+            [f"{len(table['number']):,}" + f" ({unreadable} unreadable)" * (unreadable > 0)],
+        )
 
     def _summarise(self, task: TaskName, table: Arrays, row_ids: NDArray[Any]) -> tuple[Metrics, Rows]:
         """Figures and rows of a joined table."""
         policy, seed = self.trained.policy, self.trained.config.seed
         if task == "mrr":
             ranks = rank_rows(table, policy, seed)
-            return summarise(table, seed), {"row_id": row_ids[ranks["image"]], **ranks}
+            figures = {"mrr/num_views": float(table["num_views"][0])} | summarise(table, seed)
+            return figures, {"row_id": row_ids[ranks["image"]], **ranks}
         if task == "error":
             errors = error_rows(table, make_questions(policy), seed)
-            return mean_errors(errors), errors
+            return mean_errors(table, make_questions(policy), seed), errors
         metrics = regress(table, [field.name for field in policy.schema], seed)
         return metrics | {"rank/lidar": float(lidar(torch.from_numpy(table["target"])))}, {}
 
     # Representation
 
-    def _representation(self, task: TaskName) -> tuple[dict[str, Metrics], dict[str, Rows]]:
+    def _representation(self, task: TaskName) -> Found:
         measured: dict[str, Metrics] = {}
         heads: list[dict[str, Any]] = []
         for subject, encoder in self.encoders.items():
@@ -190,7 +254,9 @@ class Measurement:
                     metrics |= {f"{name}{suffix}": value for name, value in result.metrics.items()}
                     heads += [{"encoder": subject, "layer": layer, **vars(head)} for head in result.heads]
             measured[subject] = metrics
-        return measured, {"heads": _columns(heads)} if heads else {}
+            some_train, some_test = next(iter(train.values())), next(iter(test.values()))
+        counts = [f"{_count(some_train)} training", f"{_count(some_test)} test"][task == "rank" :]
+        return measured, {"heads": _columns(heads)} if heads else {}, counts
 
     def _features(
         self, task: TaskName, subject: str, encoder: FrozenEncoder
@@ -252,9 +318,10 @@ def kept_result(trained: Trained, task: TaskName) -> TaskResult | None:
     return read_result(results_folder(trained) / f"{task}.json")
 
 
-def results_folder(trained: Trained, cheap: bool = False) -> Path:
-    """Where the results of a checkpoint are kept."""
-    return trained.run.path / "evaluation" / (trained.path.name + "-cheap" * cheap)
+def results_folder(trained: Trained, cheap: bool = False, data: str = "") -> Path:
+    """Where the results of a checkpoint are kept; those of other data than the run's own under its hash."""
+    name = trained.path.name + f"-{data}" * bool(data) + "-cheap" * cheap
+    return trained.run.path / "evaluation" / name
 
 
 def read_result(path: Path) -> TaskResult | None:
@@ -331,17 +398,41 @@ def _joined(tables: Iterable[Arrays]) -> Arrays:
     return {name: np.concatenate([table[name] for table in found]) for name in found[0]}
 
 
-def mean_errors(rows: Rows) -> Metrics:
+def mean_errors(table: Arrays, questions: Questions, seed: int) -> Metrics:
     """`error/<component>`: error of the prediction as a share of that with the null action, over all strengths that
-    change something; below 1 the action helps. `error/mean` of the components."""
-    metrics = {}
-    for component in dict.fromkeys(rows["component"].tolist()):
-        asked = (rows["component"] == component) & (rows["distance"] > 0)
-        if asked.any():
-            metrics[f"error/{component}"] = float(
-                rows["error"][asked].sum() / rows["null_error"][asked].sum()
-            )
-    return {"error/mean": float(np.mean(list(metrics.values())))} | metrics if metrics else {}
+    change something; below 1 the action helps. `error/mean` of the components. With 95 % intervals over images."""
+    changes = table["distance"].mean(0) > 0
+    names = [
+        name
+        for name in dict.fromkeys(questions.components)
+        if (changes & (np.array(questions.components) == name)).any()
+    ]
+    if not names:
+        return {}
+    columns = [changes & (np.array(questions.components) == name) for name in names]
+    sums = np.stack(
+        [[table[each][:, rows].sum(1) for rows in columns] for each in ("error", "null_error")]
+    )  # [2 c k]
+
+    def figures(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        error, null_error = sums @ weights
+        shares = error / null_error
+        return np.array([shares.mean(), *shares])
+
+    return named(tuple(f"error/{name}" for name in ("mean", *names)), figures, len(table["number"]), seed)
+
+
+def _place_in_class(labels: NDArray[np.int32]) -> NDArray[np.int64]:
+    """`[k]` classes -> for each row how many of its class come before it."""
+    order = np.argsort(labels, kind="stable")
+    _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    place = np.empty(len(labels), np.int64)
+    place[order] = np.arange(len(labels)) - np.repeat(first, counts)
+    return place
+
+
+def _count(features: Features) -> str:
+    return f"{len(features.samples):,}" + f" ({features.unreadable} unreadable)" * (features.unreadable > 0)
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> Rows:

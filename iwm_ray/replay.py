@@ -103,6 +103,8 @@ def _draw(setup: Setup, row: dict[str, Any], output: Path) -> None:
         figure.savefig(output, dpi=150)
     except OSError as error:
         raise UsageError(f"--output {output}: {error.strerror}; choose another --output") from None
+    except ValueError as error:  # a kind of picture that matplotlib does not know
+        raise UsageError(f"--output {output}: {str(error).partition(';')[0]}; end its name in .png") from None
 
 
 def _epochs(row: dict[str, Any]) -> NDArray[np.int64]:

@@ -69,6 +69,7 @@ def goodput(setup: Setup, rows: Rows) -> float:
 
     The time between the death of one start and the next is the user's, not the run's, and is left out.
     """
+    rows = [row for row in rows if any(name.startswith(("train/", "monitor/")) for name in row)]
     starts = [record["start"] for record in read_lines(setup.run.attempts)]
     ends = [
         max((row["time"] for row in rows if row["time"] < after), default=start)
@@ -117,9 +118,12 @@ def _mrr_line(setup: Setup, metrics: Mapping[str, float]) -> list[str]:
             ("zero action", "mrr/zero_action"),
         )
     )
-    return [
-        f"  MRR     {metrics['mrr/mrr']:.3f} ({controls}; {setup.config.monitor.mrr_views} views an image)"
-    ]
+    return [f"  MRR     {metrics['mrr/mrr']:.3f} ({controls}; {_num_views(setup, metrics)} views an image)"]
+
+
+def _num_views(setup: Setup, metrics: Mapping[str, float]) -> int:
+    """Of an evaluation since the end of training, else of the closing measurement."""
+    return int(metrics.get("mrr/num_views", setup.config.monitor.mrr_views))
 
 
 def _knn_line(rows: Rows) -> list[str]:

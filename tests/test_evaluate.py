@@ -99,8 +99,9 @@ def test_what_is_there_is_not_measured_again(run, evaluate):
     before = results(run)
     evaluate(run, "--tasks", "mrr", "knn")
     assert results(run) == before  # with the seconds that it took
-    evaluate(run, "--tasks", "mrr", "knn", measure__num_neighbors=3, measure__views=9)
-    assert all(results(run)[task]["key"] != before[task]["key"] for task in before)
+    evaluate(run, "--tasks", "mrr", "knn", measure__num_neighbors=3)
+    assert results(run)["mrr"] == before["mrr"]
+    assert results(run)["knn"]["key"] != before["knn"]["key"]
 
 
 def test_the_files_reach_mlflow(run, evaluate, tmp_path):
@@ -120,7 +121,7 @@ def test_the_files_reach_mlflow(run, evaluate, tmp_path):
 
 
 def test_a_dry_run_measures_nothing(run, evaluate):
-    code, said = evaluate(run, "--dry-run")
+    code, said = evaluate(run, "--dry-run", measure__images=12)
     assert code == 0
     assert "plan of" in said.out
     assert not (run / "evaluation").exists()
@@ -138,13 +139,47 @@ def test_cheap_results_stand_apart(run, evaluate):
     assert next(run.glob("evaluation/*-cheap/rank.json"))
 
 
+def test_cheap_figures_and_those_of_other_data_do_not_become_the_runs_own(run, evaluate, photo_cache):
+    before = (run / "metrics.jsonl").read_bytes()
+    evaluate(run, "--cheap", "--tasks", "mrr")
+    path = json.loads((run / "config.json").read_text())["data"]["path"]
+    found = next(photo_cache.rglob("train")) if path == "photos_tiny" else path
+    code, said = evaluate(run, "--tasks", "knn", data__path=found)
+    assert code == 0, said.err
+    assert "a random fifth of the training images" in said.out
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert len(list((run / "evaluation").iterdir())) == 2
+
+
+def test_goodput_is_that_of_the_training(run, evaluate, tiny_command, capsys):
+    before = json.loads((run / "summary.json").read_text())["goodput"]
+    evaluate(run, "--tasks", "rank")
+    assert json.loads((run / "summary.json").read_text())["goodput"] == before
+
+
+def test_unlabelled_images_are_noticed_before_anything_is_measured(run, evaluate, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    import cv2
+
+    for number in range(40):
+        image = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+        cv2.imwrite(str(folder / f"{number}.png"), image)
+    code, printed = evaluate(run, data__path=folder, measure__images=12)
+    assert code == 2
+    assert "no image has a label" in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+    assert not (run / "evaluation").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--checkpoint", "7"), "kept are the steps"),
         (("--tasks", "mrs"), "measure.tasks.0 'mrs'"),
         (("--measure.encoders", "resnet10x"), "timm has no such model"),
-        (("--tasks", "knn", "--measure.layers", "99"), "layer"),
+        (("--measure.layers", "99", "--measure.images", "10"), "the encoder has layers 0 to 1"),
+        (("--tasks", "action_r2"), "action_r2 needs 10"),
         (("--data.path", "/nowhere"), "/nowhere"),
         (("--measure.imagse", "3"), "unknown argument '--measure.imagse'; did you mean '--measure.images'"),
     ],
@@ -154,19 +189,6 @@ def test_mistakes_are_answered_in_one_line(run, evaluate, words, said):
     assert code == 2
     assert said in printed.err
     assert len(printed.err.strip().splitlines()) == 1
-
-
-def test_a_probe_of_images_without_labels(run, evaluate, tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    import cv2
-
-    for number in range(40):
-        image = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
-        cv2.imwrite(str(folder / f"{number}.png"), image)
-    code, printed = evaluate(run, "--tasks", "linear", data__path=folder)
-    assert code == 2
-    assert "label" in printed.err
 
 
 def test_a_folder_that_is_no_run(tmp_path, evaluate):

@@ -37,7 +37,7 @@ PENALTIES = tuple(10.0**power for power in range(-7, 3))
 """of the ridge regression, in units of the mean variance of a feature times the number of rows"""
 
 _FIT, _CHOOSE = 0.6, 0.2  # shares of the images to fit on and to choose the penalty on; the rest is the test
-_MIN_IMAGES = 10
+MIN_IMAGES = 10
 
 
 def action_features(
@@ -103,9 +103,9 @@ def regress(table: Mapping[str, NDArray], components: Sequence[str], seed: int) 
     Raises:
         UsageError: fewer than 10 images, or an action that does not vary.
     """
-    if len(table["number"]) < _MIN_IMAGES:
+    if len(table["number"]) < MIN_IMAGES:
         raise UsageError(
-            f"action_r2 has {len(table['number'])} images, it needs {_MIN_IMAGES}; measure it on more"
+            f"action_r2 has {len(table['number'])} images, it needs {MIN_IMAGES}; measure it on more"
         )
     uniform = randomness.uniforms(seed, 0, table["number"], "r2 split", 1)[:, 0]
     table = {name: column[np.argsort(uniform)].astype(np.float64) for name, column in table.items()}

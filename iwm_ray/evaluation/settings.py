@@ -11,12 +11,27 @@ WORLD_MODEL: tuple[TaskName, ...] = ("mrr", "action_r2", "error")
 """tasks that need a predictor"""
 REPRESENTATION: tuple[TaskName, ...] = ("rank", "knn", "linear", "attentive", "lowshot")
 """tasks that any encoder can do"""
+PROBES: tuple[TaskName, ...] = ("knn", "linear", "attentive", "lowshot")
+"""tasks that need labels"""
+TASKS = WORLD_MODEL + REPRESENTATION
+_PROBED = ("train_images", "test_images", "layers")
+DECIDES: dict[TaskName, tuple[str, ...]] = {
+    "mrr": ("images", "views", "targets", "components", "inverse"),
+    "action_r2": ("images",),
+    "error": ("images",),
+    "rank": ("test_images", "layers"),
+    "knn": (*_PROBED, "num_neighbors"),
+    "linear": _PROBED,
+    "attentive": _PROBED,
+    "lowshot": (*_PROBED, "low_shot", "repeats"),
+}
+"""settings on which a task's figures depend"""
 
 
 class MeasureConfig(_Part):
     """What is measured, and on how many images."""
 
-    tasks: tuple[TaskName, ...] = WORLD_MODEL + REPRESENTATION
+    tasks: tuple[TaskName, ...] = TASKS
     """mrr: does the predictor know what an action does? action_r2: can the action be read off the tokens? (and LiDAR,
     from the same views); error: of the prediction, by component and strength; rank: RankMe; knn, linear, attentive:
     classes from frozen features; lowshot: linear, with the labels of few images"""
@@ -46,11 +61,19 @@ class MeasureConfig(_Part):
     repeats: Annotated[int, Field(ge=2)] = 5
     """random choices of the few labels"""
 
-    def cheap(self) -> "MeasureConfig":
+    @classmethod
+    def cheap(cls) -> "MeasureConfig":
         """A thirtieth of the work: figures to compare with each other while a model trains."""
-        small = {"images": 64, "views": 32, "targets": 4, "components": False, "inverse": False}
-        tasks = tuple(task for task in self.tasks if task in ("mrr", "rank", "knn", "linear"))
-        return self.model_copy(update={**small, "tasks": tasks, "train_images": 2000, "test_images": 1000})
+        return cls(
+            tasks=("mrr", "rank", "knn", "linear"),
+            images=64,
+            views=32,
+            targets=4,
+            components=False,
+            inverse=False,
+            train_images=2000,
+            test_images=1000,
+        )
 
 
 class EvaluateConfig(_Part):

@@ -11,6 +11,7 @@ _NAMES = {
     "mrr/mrr": "MRR",
     "mrr/adjusted": "MRR, chance-adjusted",
     "mrr/h1": "true view ranked first",
+    "mrr/h5": "true view among the first five",
     "mrr/h10": "true view among the first ten",
     "mrr/zero_action": "MRR with the null action",
     "mrr/shuffled_action": "MRR with another view's action",
@@ -84,8 +85,12 @@ def _cell(metrics: Mapping[str, float], name: str) -> str:
 
 def _chance(measured: Measured, name: str) -> str:
     group, _, short = name.partition("/")
-    if group == "mrr" and (short == "adjusted" or short.startswith("h")):
-        return ""
+    hits = re.fullmatch(r"h(\d+)", short)
+    if hits:
+        views = [metrics["mrr/num_views"] for metrics in measured.values() if "mrr/num_views" in metrics]
+        return _number(int(hits[1]) / views[0]) if views else ""
+    if short in ("adjusted", "num_views"):
+        return _number(0.0) if short == "adjusted" else ""
     found = [metrics[f"{group}/chance"] for metrics in measured.values() if f"{group}/chance" in metrics]
     return _number(found[0]) if found else ""
 

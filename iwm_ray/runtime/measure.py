@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 from iwm_ray.config import RuntimeConfig
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
-from iwm_ray.data.read import Reader
+from iwm_ray.data.read import Reader, content_hash
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.encoders import LAST, FrozenEncoder, TokenModel
 from iwm_ray.evaluation.features import Features, digest, measuring
@@ -257,7 +257,7 @@ def _name(extraction: _Extraction, samples: NDArray[np.int64], layer: int) -> st
     precision = "bf16" if uses_bfloat16(extraction.runtime, work_device(extraction.runtime)) else "fp32"
     encoder, limits = extraction.encoder, asdict(extraction.limits)
     transform = [CLEAN_VIEW, encoder.image_size, limits, precision, extraction.pooled, layer]
-    return digest(encoder.hash, extraction.index.hash, samples.tobytes(), transform)
+    return digest(encoder.hash, content_hash(extraction.index), samples.tobytes(), transform)
 
 
 def _keep(results: Iterator[Arrays], folders: Mapping[int, Path], count: int) -> None:

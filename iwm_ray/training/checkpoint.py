@@ -328,8 +328,9 @@ def _publish(stage: Path, path: Path) -> None:
 def _retain(directory: Path) -> None:
     """Removes all but the newest two and the best.
 
-    The newest is read back and checked first. The others were, when they were the newest; that their files have kept
-    their sizes is enough now: reading gigabytes again at every save would cost more than the step that was saved.
+    The newest is read back and checked first: one verified copy is certain. The others were, when they were the newest;
+    that their files have kept their sizes is enough now, since reading gigabytes again at every save would cost more
+    than what a second verified copy is worth.
     """
     manifests, _ = list_manifests(directory)
     if len(manifests) <= NUM_KEPT or not is_intact(*manifests[0]):

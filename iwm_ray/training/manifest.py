@@ -139,9 +139,10 @@ def is_intact(path: Path, manifest: Manifest) -> bool:
 def has_all_bytes(path: Path, manifest: Manifest) -> bool:
     """Whether all files are there in their sizes; reads none of them."""
     try:
-        return all((path / file.name).stat().st_size == file.bytes for file in manifest.files)
+        sizes = [(path / file.name).lstat().st_size == file.bytes for file in manifest.files]
     except OSError:
         return False
+    return all(sizes) and tuple(file.name for file in manifest.files) == FILES
 
 
 def list_manifests(directory: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:

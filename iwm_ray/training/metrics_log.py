@@ -57,7 +57,7 @@ class MetricsLog:
         for line in read(self._path):
             if line["step"] == step:
                 known |= line
-        new = {name: float(value) for name, value in metrics.items() if known.get(name) != float(value)}
+        new = {name: float(value) for name, value in metrics.items() if _kept(value) != known.get(name, "")}
         if new:
             self._write(step, new)
 
@@ -65,7 +65,7 @@ class MetricsLog:
         self._last_time = max(
             self._last_time, time.time()
         )  # a clock set back must not make time run backwards
-        values = {name: value if math.isfinite(value) else None for name, value in new.items()}
+        values = {name: _kept(value) for name, value in new.items()}
         line = {"step": int(step), "time": self._last_time} | values
         self._pending += json.dumps(line, allow_nan=False).encode() + b"\n"
         self._last_step.update(dict.fromkeys(new, step))
@@ -87,6 +87,11 @@ class MetricsLog:
         if written == len(self._pending):
             self._size += written
             self._pending = b""
+
+
+def _kept(value: SupportsFloat) -> float | None:
+    """As it stands in the file."""
+    return float(value) if math.isfinite(float(value)) else None
 
 
 def read(path: Path) -> list[dict[str, Any]]:

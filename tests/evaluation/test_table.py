@@ -7,6 +7,7 @@ TRAINED = {
     "mrr/chance": 0.0239,
     "mrr/hue": 0.5,
     "mrr/h5": 0.6,
+    "mrr/num_views": 256.0,
     "linear/top1": 0.4,
     "linear/chance": 0.1,
     "linear/top1_layer2": 0.35,
@@ -33,7 +34,10 @@ def test_a_figure_stands_beside_its_interval_other_subjects_and_chance():
 def test_components_and_layers_have_rows_and_ends_of_intervals_have_none():
     names = [line.split()[0] for line in table_lines({"trained": TRAINED})[1:]]
     assert {"mrr/hue", "linear/top1_layer2"} <= set(names)
-    assert not any(name.endswith(("_low", "_high", "_std", "chance", "h5")) for name in names)
+    assert not any(name.endswith(("_low", "_high", "_std", "chance", "num_views")) for name in names)
+    lines = table_lines({"trained": TRAINED})
+    assert row(lines, "true view among the first five")[-2:] == ["0.600", "0.020"]
+    assert row(lines, "mrr/hue")[-2:] == ["0.500", "0.024"]
 
 
 def test_columns_stand_under_each_other():
