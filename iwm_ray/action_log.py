@@ -96,7 +96,12 @@ def _losses_of(folder: Path, counters: NDArray[np.int64]) -> pa.Array:
     files = sorted((folder / _LOSSES).glob("losses-*.parquet"))
     if not files:
         return pa.nulls(len(counters), pa.float32())
-    noted = pa.dataset.dataset(files).to_table()
+    counter = pa.dataset.field("counter")
+    # Of a long run only what belongs to these rows.
+    wanted = (counter >= counters[0]) & (counter <= counters[-1]) if len(counters) else None
+    noted = pa.dataset.dataset(files).to_table(filter=wanted)
+    if not noted.num_rows:
+        return pa.nulls(len(counters), pa.float32())
     # Steps done again after a fault have the same losses again.
     known, first = np.unique(noted["counter"].to_numpy(), return_index=True)
     places = np.searchsorted(known, counters).clip(max=len(known) - 1)

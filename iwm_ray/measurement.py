@@ -31,6 +31,7 @@ from iwm_ray.evaluation.action_regression import MIN_IMAGES, action_features, re
 from iwm_ray.evaluation.encoders import LAST, FrozenEncoder, RunEncoder, TimmEncoder
 from iwm_ray.evaluation.features import Features, measuring
 from iwm_ray.evaluation.intervals import named
+from iwm_ray.evaluation.marginal import marginal_features
 from iwm_ray.evaluation.mrr import rank_images, rank_rows, summarise
 from iwm_ray.evaluation.prediction_error import Questions, error_rows, make_questions, prediction_errors
 from iwm_ray.evaluation.probes import ProbeResult
@@ -107,8 +108,12 @@ class Measurement:
         if kept is not None and kept.key == key:
             return kept
         begin = time.monotonic()
-        measure = self._world_model if task in WORLD_MODEL else self._representation
-        measured, rows, counts = measure(task)
+        if task == "marginal":
+            measured, rows, counts = self._marginal()
+        else:
+            measured, rows, counts = (
+                self._world_model(task) if task in WORLD_MODEL else self._representation(task)
+            )
         settings, images = self.settings.model_dump(mode="json"), self._images(task, counts)
         result = TaskResult(task, key, time.monotonic() - begin, settings, images, measured)
         self._write(result, rows)
@@ -192,7 +197,9 @@ class Measurement:
     def _key(self, task: TaskName) -> str:
         settings = self.settings.model_dump(include=set(DECIDES[task]))
         data = [content_hash(index) if index else "" for index in (self.train, self.test)]
-        encoders = {} if task in WORLD_MODEL else {name: each.hash for name, each in self.encoders.items()}
+        encoders = (
+            {} if task not in REPRESENTATION else {name: each.hash for name, each in self.encoders.items()}
+        )
         precision = uses_bfloat16(self.runtime, work_device(self.runtime))
         limits = asdict(self.limits)
         facts = [_VERSION, task, self.trained.hash, settings, data, encoders, precision, limits]
@@ -203,19 +210,11 @@ class Measurement:
     def _world_model(self, task: TaskName) -> Found:
         index = self.test or self.train
         samples = choose(self.trained.config.seed, index, self.settings.images, "evaluation")
-        numbers = np.arange(len(samples))
-        parts = [
-            (numbers[first : first + _IMAGES_AT_ONCE], samples[first : first + _IMAGES_AT_ONCE])
-            for first in range(0, len(samples), _IMAGES_AT_ONCE)
-        ]
         row_ids = np.array([index.row_id(int(sample)) for sample in samples])
         measured: dict[str, Metrics] = {}
         rows: dict[str, Rows] = {}
         for subject in (TRAINED, UNTRAINED):
-            untrained = subject == UNTRAINED
-            make = _AskModel(task, self.trained, untrained, index, self.settings, self.runtime, self.limits)
-            with closing(in_order(make, parts, self.runtime, self.show(task, subject))) as found:
-                table = _joined(found)
+            table = self._ask(task, subject, index, samples)
             measured[subject], some_rows = self._summarise(task, table, row_ids)
             if some_rows:
                 rows[subject] = some_rows
@@ -225,6 +224,42 @@ class Measurement:
             rows,
             [f"{len(table['number']):,}" + f" ({unreadable} unreadable)" * (unreadable > 0)],
         )
+
+    def _ask(self, task: TaskName, subject: str, index: Index, samples: NDArray[np.int64]) -> Arrays:
+        """The table of a task: what the model of this subject makes of each image, numbered by its place in `samples`."""
+        numbers = np.arange(len(samples))
+        parts = [
+            (numbers[first : first + _IMAGES_AT_ONCE], samples[first : first + _IMAGES_AT_ONCE])
+            for first in range(0, len(samples), _IMAGES_AT_ONCE)
+        ]
+        untrained = subject == UNTRAINED
+        make = _AskModel(task, self.trained, untrained, index, self.settings, self.runtime, self.limits)
+        with closing(in_order(make, parts, self.runtime, self.show(task, subject))) as found:
+            return _joined(found)
+
+    def _marginal(self) -> Found:
+        """The linear probe on what the predictor expects of an image over many actions."""
+        measured, counts = {}, []
+        for subject in (TRAINED, UNTRAINED):
+            train, test = (
+                self._expected(subject, index, samples)
+                for index, samples in zip((self.train, self.test or self.train), self._samples, strict=True)
+            )
+            probe = probes.linear_probe(
+                train, test, seed=self.trained.config.seed, device=work_device(self.runtime)
+            )
+            measured[subject] = {
+                name.replace("linear/", "marginal/"): value for name, value in probe.metrics.items()
+            }
+            counts = [f"{_count(train)} training", f"{_count(test)} test"]
+        return measured, {}, counts
+
+    def _expected(self, subject: str, index: Index, samples: NDArray[np.int64]) -> Features:
+        table = self._ask("marginal", subject, index, samples)
+        found = samples[table["number"]]
+        labels = index.labels[found].astype(np.int64)
+        unreadable = len(samples) - len(found)
+        return Features(table["features"], labels, found, index.class_names, "", unreadable)
 
     def _summarise(self, task: TaskName, table: Arrays, row_ids: NDArray[Any]) -> tuple[Metrics, Rows]:
         """Figures and rows of a joined table."""
@@ -360,6 +395,10 @@ class _AskModel:
         policy, seed, settings = self.trained.policy, self.trained.config.seed, self.settings
         if self.task == "error":
             return prediction_errors(model, policy, images, numbers, make_questions(policy))
+        if self.task == "marginal":
+            clean = torch.from_numpy(images).permute(0, 3, 1, 2)
+            features = marginal_features(model, policy, clean, numbers, seed=seed)
+            return {"number": numbers, "features": features.cpu().numpy()}
         if self.task == "action_r2":
             return action_features(model, policy, images, numbers, seed=seed)
         return rank_images(

@@ -83,6 +83,14 @@ def test_actions_and_errors_are_measured(run, evaluate):
         assert share == pytest.approx(hue["error"].sum() / hue["null_error"].sum())
 
 
+def test_expected_tokens_are_probed(run, evaluate):
+    code, said = evaluate(run, "--tasks", "marginal")
+    assert code == 0, said.err
+    for figures in results(run)["marginal"]["measured"].values():
+        assert figures["marginal/top1_low"] <= figures["marginal/top1"] <= figures["marginal/top1_high"]
+    assert "linear probe on expected tokens" in said.out
+
+
 def test_the_figures_become_the_runs_own(run, evaluate):
     evaluate(run, "--tasks", "mrr")
     trained = results(run)["mrr"]["measured"]["trained"]

@@ -6,14 +6,15 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from iwm_ray.config import DataConfig, RuntimeConfig, TrackingConfig, _Part
 
-TaskName = Literal["mrr", "action_r2", "error", "rank", "knn", "linear", "attentive", "lowshot"]
+TaskName = Literal["mrr", "action_r2", "error", "rank", "knn", "linear", "attentive", "lowshot", "marginal"]
 WORLD_MODEL: tuple[TaskName, ...] = ("mrr", "action_r2", "error")
 """tasks that need a predictor"""
 REPRESENTATION: tuple[TaskName, ...] = ("rank", "knn", "linear", "attentive", "lowshot")
 """tasks that any encoder can do"""
-PROBES: tuple[TaskName, ...] = ("knn", "linear", "attentive", "lowshot")
+PROBES: tuple[TaskName, ...] = ("knn", "linear", "attentive", "lowshot", "marginal")
 """tasks that need labels"""
 TASKS = WORLD_MODEL + REPRESENTATION
+"""what is measured where nobody chooses"""
 _PROBED = ("train_images", "test_images", "layers")
 DECIDES: dict[TaskName, tuple[str, ...]] = {
     "mrr": ("images", "views", "targets", "components", "inverse"),
@@ -24,6 +25,7 @@ DECIDES: dict[TaskName, tuple[str, ...]] = {
     "linear": _PROBED,
     "attentive": _PROBED,
     "lowshot": (*_PROBED, "low_shot", "repeats"),
+    "marginal": ("train_images", "test_images"),
 }
 """settings on which a task's figures depend"""
 
@@ -34,7 +36,8 @@ class MeasureConfig(_Part):
     tasks: tuple[TaskName, ...] = TASKS
     """mrr: does the predictor know what an action does? action_r2: can the action be read off the tokens? (and LiDAR,
     from the same views); error: of the prediction, by component and strength; rank: RankMe; knn, linear, attentive:
-    classes from frozen features; lowshot: linear, with the labels of few images"""
+    classes from frozen features; lowshot: linear, with the labels of few images; and, where asked, marginal:
+    linear, on the mean of what the predictor expects under 16 actions"""
     encoders: tuple[str, ...] = ()
     """more encoders for the tasks that need no predictor: `context`, or timm's names (with a tag, timm's weights are
     downloaded), or NAME=FILE.safetensors"""

@@ -26,6 +26,7 @@ _NAMES = {
     "rank/lidar": "LiDAR",
     "knn/top1": "kNN",
     "linear/top1": "linear probe",
+    "marginal/top1": "linear probe on expected tokens",
     "attentive/top1": "attentive probe",
     "lowshot1/top1": "linear probe, 1 % of the labels",
     "lowshot10/top1": "linear probe, 10 % of the labels",
