@@ -21,12 +21,13 @@ LAYERS = [
     ["feed", "recipes"],
     ["loader", "build", "cli"],
     ["finetuning"],
+    ["segmentation"],
     ["session", "plan_report", "progress"],
     ["summary"],
     ["runtime"],
     ["measurement", "exporting", "prediction"],
     ["model_card"],
-    ["pretrain", "evaluate", "visualize", "finetune", "export", "predict", "replay", "__main__"],
+    ["pretrain", "evaluate", "visualize", "finetune", "segment", "export", "predict", "replay", "__main__"],
 ]
 # Siblings that must not know each other: they meet in Batch and in one integer.
 STRANGERS = ["data", "views", "model"]
