@@ -94,6 +94,8 @@ def segment(segmentation: "Segmentation") -> None:
     print("\n".join(summary.lines(found)))
     print(f"summary      {folder / 'summary.json'}")
     print(f"picture      {pictured.draw()}")
+    for path in sorted((folder / "adapters").glob("*/")):
+        print(f"segmenter    {path}")
 
 
 def plan_lines(segmentation: "Segmentation") -> list[str]:

@@ -17,6 +17,7 @@ from iwm_ray.finetuning.arms import Arm, Family
 from iwm_ray.finetuning.model import Start, Tuned, seeded
 from iwm_ray.model.iwm import IWM
 from iwm_ray.run_directory import write_json
+from iwm_ray.segmentation import segmenter
 from iwm_ray.segmentation.data import Pairs, open_pairs
 from iwm_ray.segmentation.network import assemble, fit, image_size, measure
 from iwm_ray.segmentation.settings import SegmentConfig
@@ -151,11 +152,18 @@ class Segmentation:
         counts = measure(tuned, self.test, config, action_dim)
         if arm.seed == config.seeds[0]:
             keep(arm, tuned)
+            if arm.start != "random":
+                names = self.train.classes.names
+                segmenter.save(self.segmenter(arm), tuned, self.trained, model, config, names)
         place = self._place(arm)
         place.parent.mkdir(parents=True, exist_ok=True)
         np.save(place.with_suffix(".npy"), counts)
         facts = {"trained_parameters": tuned.num_trained} | asdict(fitted)
         write_json(place.with_suffix(".json"), asdict(arm) | facts)
+
+    def segmenter(self, arm: Arm) -> Path:
+        """Where the arm's segmenter is kept: of the first seed, and of no control."""
+        return self.folder / "adapters" / arm.name
 
     def _place(self, arm: Arm) -> Path:
         """Of the arm's files, without their endings."""
