@@ -16,7 +16,7 @@ from torch import Tensor
 
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.features import measuring, model_device
-from iwm_ray.finetuning.model import Tuned, weights_hash
+from iwm_ray.finetuning.model import Start, Tuned, weights_hash
 from iwm_ray.model.iwm import IWM
 from iwm_ray.run_directory import write_json
 from iwm_ray.segmentation.network import assemble, image_size, logits
@@ -104,7 +104,7 @@ def load(folder: Path, run: Path | None = None) -> Segmenter:
         raise UsageError(
             f"segmenter {folder}: belongs to the encoder {facts['encoder_hash']}, this one is {found}; give its own run"
         )
-    start = "none" if facts["tune"] == "encoder" else "pretrained"
+    start: Start = "none" if facts["tune"] == "encoder" else "pretrained"
     names = tuple(facts["class_names"])
     tuned = assemble(trained, model, config, facts["tune"], start, len(names), 0)
     try:
