@@ -18,7 +18,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
-_LOSSES = "losses"
+_LOSSES = "_losses"  # pyarrow passes over such names when it reads the folder as a data set
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,14 @@ def _check_range(name: str, value: Range, low: float, high: float) -> None:
         raise ValueError(f"{name} {value[0]:g} {value[1]:g}: needs {low:g} <= first <= second <= {high:g}")
 
 
+def refuse_credentials(name: str, path: str) -> None:
+    """Raises ValueError for a path whose URI holds a password: the configuration is recorded."""
+    if re.search(r"\b\w+://[^/@]*:[^/@]*@", path):
+        raise ValueError(
+            f"{name}: holds credentials, and the configuration is recorded; give them by environment"
+        )
+
+
 class DataConfig(_Part):
     """Which images are read."""
 
@@ -59,10 +67,7 @@ class DataConfig(_Part):
     @model_validator(mode="after")
     def _paths_hold_no_credentials(self) -> Self:
         for name in ("path", "test_path"):
-            if re.match(r"\w+://[^/@]*:[^/@]*@", getattr(self, name)):
-                raise ValueError(
-                    f"{name}: holds credentials, and the configuration is recorded; give them by environment"
-                )
+            refuse_credentials(name, getattr(self, name))
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,6 @@ Every figure stands beside what untrained weights score and beside chance, with 
 """
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from iwm_ray.trained import Trained
 
 _SECONDS_BETWEEN_LINES = 5.0
-_TRACKING_SECONDS = 60.0  # the figures are in files; no step waits
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,7 +35,7 @@ def _main(arguments: Sequence[str]) -> None:
 
     trained = Trained.open(options.run, options.checkpoint)
     config = read_config(trained, options)
-    measurement = open_measurement(trained, config, "-cheap" if options.cheap else "")
+    measurement = open_measurement(trained, config, options.cheap)
     if options.dry_run:
         print("\n".join(plan_lines(measurement)))
         return
@@ -89,15 +87,15 @@ def read_config(trained: "Trained", options: argparse.Namespace) -> EvaluateConf
     return config.model_copy(update={"measure": config.measure.cheap()}) if options.cheap else config
 
 
-def open_measurement(trained: "Trained", config: EvaluateConfig, suffix: str = "") -> "Measurement":
-    """Opens the images and, for engine ray, the cluster; `suffix` ends the name of the folder of results.
+def open_measurement(trained: "Trained", config: EvaluateConfig, cheap: bool = False) -> "Measurement":
+    """Opens the images and, for engine ray, the cluster; results of cheap evaluations have a folder of their own.
 
     Raises:
         UsageError: images, encoders or resources that are not there.
     """
     from iwm_ray.data.decode import DecodeLimits
     from iwm_ray.data.index import Index
-    from iwm_ray.measurement import Measurement
+    from iwm_ray.measurement import Measurement, results_folder
     from iwm_ray.progress import scanning
 
     cache = Path(config.runtime.cache).expanduser().absolute()
@@ -116,7 +114,7 @@ def open_measurement(trained: "Trained", config: EvaluateConfig, suffix: str = "
         DecodeLimits.from_config(config.data),
         train,
         test,
-        trained.run.path / "evaluation" / f"step_{trained.step:08d}{suffix}",
+        results_folder(trained, cheap),
         _Progress(),
     )
     _ = measurement.encoders  # a wrong name is found before anything is measured
@@ -159,20 +157,17 @@ def track(trained: "Trained", config: EvaluateConfig, results: Sequence["TaskRes
     """Adds the figures to the run's metrics, and so to its MLflow run."""
     from iwm_ray import summary
     from iwm_ray.measurement import TRAINED
-    from iwm_ray.runtime.tracking import NullTracker, open_tracker
+    from iwm_ray.runtime.tracking import reopened
     from iwm_ray.training.metrics_log import MetricsLog
 
     run = RunDirectory(trained.run.path)
     tracked = trained.config.model_copy(update={"tracking": config.tracking})
-    has_mlflow = importlib.util.find_spec("mlflow") is not None
     try:
-        with run.lock():
+        with reopened(run, tracked) as tracker:
             MetricsLog(run.metrics).correct(trained.step, together(results)[TRAINED])
             summary.renew(run)
-            with open_tracker(run.path, tracked, run.path.name) if has_mlflow else NullTracker() as tracker:
-                for file in sorted((run.path / "evaluation").rglob("*.*")):
-                    tracker.log_file(file, f"evaluation/{file.parent.name}")
-                tracker.finish(deadline_seconds=_TRACKING_SECONDS)
+            for file in sorted((run.path / "evaluation").rglob("*.*")):
+                tracker.log_file(file, f"evaluation/{file.parent.name}")
     except UsageError as error:  # the run is still training, and its directory is its own
         print(f"not tracked: {error}", file=sys.stderr)
 

@@ -59,6 +59,8 @@ class TaskResult:
     key: str
     """names all that decides it"""
     seconds: float
+    settings: dict[str, Any]
+    """`measure` of the evaluation"""
     images: str
     """on which images, in words"""
     measured: dict[str, Metrics]
@@ -94,7 +96,8 @@ class Measurement:
         begin = time.monotonic()
         measure = self._world_model if task in WORLD_MODEL else self._representation
         measured, rows = measure(task)
-        result = TaskResult(task, key, time.monotonic() - begin, self._images(task), measured)
+        settings = self.settings.model_dump(mode="json")
+        result = TaskResult(task, key, time.monotonic() - begin, settings, self._images(task), measured)
         self._write(result, rows)
         return result
 
@@ -242,6 +245,16 @@ class Measurement:
             write_json(self.folder / f"{result.task}.json", vars(result))
         except OSError as error:
             raise UsageError(f"{self.folder}: {error.strerror}; make it writable") from None
+
+
+def kept_result(trained: Trained, task: TaskName) -> TaskResult | None:
+    """What a whole (not a cheap) evaluation of this checkpoint has found; None where there was none."""
+    return read_result(results_folder(trained) / f"{task}.json")
+
+
+def results_folder(trained: Trained, cheap: bool = False) -> Path:
+    """Where the results of a checkpoint are kept."""
+    return trained.run.path / "evaluation" / (trained.path.name + "-cheap" * cheap)
 
 
 def read_result(path: Path) -> TaskResult | None:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -31,7 +31,7 @@ _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _POLL_SECONDS = 0.25
 # Launchers signal the process and its group: what comes at once is one request.
 _ONE_REQUEST_SECONDS = 1.0
-_TRACKER_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+TRACKER_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -112,12 +112,12 @@ def pretrain(setup: "Setup", debug: bool = False) -> None:
     with setup.run.lock():
         setup.run.create(setup.config, setup.feed.index.hash)
         forget_mended_samples(setup)
-        with _tracker(setup) as tracker:
+        with tracker_of(setup) as tracker:
             outcome = summary.finished(setup.run) or _train(setup, stop, debug)
             result = summary.summarise(setup, outcome)
             for picture in sorted(setup.run.pictures.glob("*.png")):
                 tracker.log_picture(picture)
-            tracker.finish(_TRACKER_STATUS[outcome.status])
+            tracker.finish(TRACKER_STATUS[outcome.status])
         if outcome.status == "failed":
             raise RunError(f"{outcome.message}; the same command resumes the run")
         rows = metrics_log.read(setup.run.metrics)
@@ -147,12 +147,13 @@ def forget_mended_samples(setup: "Setup") -> None:
         setup.run.quarantine.write_text("".join(json.dumps(record) + "\n" for record in bad))
 
 
-def _tracker(setup: "Setup") -> "NullTracker":
+def tracker_of(setup: "Setup", more_tags: Mapping[str, str] | None = None) -> "NullTracker":
+    """The tracker of a run, not started yet; `mlflow.parentRunId` among the tags makes it a child."""
     from iwm_ray.runtime import tracking
 
     if importlib.util.find_spec("mlflow") is None:
         return tracking.NullTracker()
-    tags = {"iwm.run_directory": str(setup.run.path)}
+    tags = {"iwm.run_directory": str(setup.run.path)} | dict(more_tags or {})
     tracker = tracking.open_tracker(setup.run.path, setup.config, setup.run.path.name, tags)
     data = setup.config.data
     tracker.log_dataset(data.path, setup.feed.index.hash, data.path, "training", len(setup.feed.index))
@@ -175,7 +176,7 @@ def _train(setup: "Setup", stop: "Stop", debug: bool) -> "Outcome":
     from iwm_ray.progress import Progress
 
     summary.note_start(setup.run)
-    train = _trainer(setup, debug)
+    train = trainer_of(setup, debug)
     result: list[Outcome | BaseException] = []
 
     def run() -> None:
@@ -197,7 +198,8 @@ def _train(setup: "Setup", stop: "Stop", debug: bool) -> "Outcome":
     return result[0]
 
 
-def _trainer(setup: "Setup", debug: bool) -> Callable[[], "Outcome"]:
+def trainer_of(setup: "Setup", debug: bool = False) -> Callable[[], "Outcome"]:
+    """What trains the run to its end or to a stop request, by the engine of its configuration."""
     if setup.config.runtime.engine == "local":
         from iwm_ray.session import train_here
 

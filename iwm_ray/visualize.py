@@ -18,12 +18,14 @@ from iwm_ray.build import Held, Setup, build, hold
 from iwm_ray.data.index import Index
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.mrr import MrrResult, measure_mrr
+from iwm_ray.measurement import TRAINED, UNTRAINED, kept_result
 from iwm_ray.model.iwm import IWM
 from iwm_ray.pictures import parts
 from iwm_ray.pictures.maps import measure_maps
 from iwm_ray.pictures.page import Picture, Section, build_page, mrr_sentence
 from iwm_ray.pictures.slider import measure_slides
 from iwm_ray.pictures.style import DPI
+from iwm_ray.runtime.tracking import reopened
 from iwm_ray.session import draw_views
 from iwm_ray.trained import Trained
 from iwm_ray.training import metrics_log
@@ -59,7 +61,19 @@ def _main(arguments: Sequence[str]) -> None:
         trained.config.model_dump_json(indent=1),
     )
     album.write(PAGE, page.encode())
+    _track(subject, album)
     print(f"{subject.headline}\n{album.folder / PAGE}  ({time.monotonic() - start:.0f} s in all)", flush=True)
+
+
+def _track(subject: "Subject", album: "Album") -> None:
+    """Adds pictures and page to the run's MLflow run."""
+    try:
+        with reopened(subject.trained.run, subject.setup.config) as tracker:
+            for picture in sorted(album.folder.glob("*.png")):
+                tracker.log_picture(picture)
+            tracker.log_file(album.folder / PAGE, "pictures")
+    except UsageError as error:  # the run is still training
+        print(f"not tracked: {error}", file=sys.stderr)
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
@@ -91,6 +105,9 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     )
     parser.add_argument(
         "--runtime.cache", metavar="DIR", help="folder of the data indices; default: the run's"
+    )
+    parser.add_argument(
+        "--tracking.uri", metavar="URI", help="MLflow store; none: no MLflow; default: the run's"
     )
     cli.add_common_options(parser)
     options = parser.parse(arguments)
@@ -197,6 +214,8 @@ def _open(trained: Trained, options: Namespace) -> Subject:
         tree["data"]["test_path"] = chosen["data.test_path"]
     if chosen["runtime.cache"]:
         tree["runtime"]["cache"] = chosen["runtime.cache"]
+    if chosen["tracking.uri"]:
+        tree["tracking"]["uri"] = chosen["tracking.uri"]
     # Pictures need two images, not the whole batch that training does.
     tree["optimizer"]["global_batch_size"] = 1
     tree["runtime"] |= {"num_workers": 1, "accumulation_steps": 1}
@@ -233,19 +252,34 @@ def _action_parts(subject: Subject) -> Iterator[parts.Part]:
     yield parts.worst_part(subject.mrr, images, policy, conditioning)
     slides = measure_slides(model, images[:_NUM_SLIDES], policy, seed=setup.config.seed)
     yield parts.slider_part(slides, images[:_NUM_SLIDES], policy)
-    num_views = min(subject.num_views, _MOST_COMPONENT_VIEWS)
-    untrained = subject.trained.untrained().to(next(model.parameters()).device)
-    ours, theirs = (subject.measure(each, num_views, by_component=True) for each in (model, untrained))
-    names = [component.name for component in policy.target_jitter.fields]
-    yield parts.components_part(ours.metrics, theirs.metrics, names, num_views, len(images))
+    yield _components_part(subject)
     yield parts.errors_part(slides)
+
+
+def _components_part(subject: Subject) -> parts.Part:
+    """From the run's evaluation where there is one; else measured here, on less."""
+    names = [component.name for component in subject.setup.policy.target_jitter.fields]
+    kept = kept_result(subject.trained, "mrr")
+    if kept and kept.settings["components"]:
+        measured, settings = kept.measured, kept.settings
+        return parts.components_part(
+            measured[TRAINED], measured[UNTRAINED], names, settings["views"], settings["images"]
+        )
+    num_views = min(subject.num_views, _MOST_COMPONENT_VIEWS)
+    untrained = subject.trained.untrained().to(next(subject.model.parameters()).device)
+    ours, theirs = (
+        subject.measure(each, num_views, by_component=True).metrics for each in (subject.model, untrained)
+    )
+    return parts.components_part(ours, theirs, names, num_views, len(subject.held.images))
 
 
 def _record_parts(subject: Subject) -> Iterator[parts.Part]:
     """What the run has written down."""
     config, schema = subject.setup.config, subject.setup.policy.schema
-    if any(name.startswith("action_r2/") for name in subject.newest):
-        yield parts.action_r2_part(subject.newest, [component.name for component in schema])
+    kept = kept_result(subject.trained, "action_r2")
+    if kept:
+        names = [component.name for component in schema]
+        yield parts.action_r2_part(kept.measured[TRAINED], names, kept.measured[UNTRAINED])
     yield parts.curves_part(subject.records, f"Training curves of {config.recipe}")
 
 

@@ -22,12 +22,15 @@ LAYERS = [
     ["loader", "build", "cli"],
     ["finetuning"],
     ["segmentation"],
+    ["sweeping"],
     ["session", "plan_report", "progress"],
     ["summary"],
     ["runtime"],
     ["measurement", "exporting", "prediction"],
     ["model_card"],
     ["pretrain", "evaluate", "visualize", "finetune", "segment", "export", "predict", "replay", "__main__"],
+    ["trial"],
+    ["sweep"],
 ]
 # Siblings that must not know each other: they meet in Batch and in one integer.
 STRANGERS = ["data", "views", "model"]

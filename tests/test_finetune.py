@@ -207,6 +207,25 @@ def test_tokens_are_kept_for_the_next_time(clean_run, tmp_path):
     assert len(list((cache / "features").iterdir())) == 3
 
 
+@pytest.mark.parametrize(
+    "ablation",
+    [["--encoder", "context"], ["--action", "random"], ["--target-fraction", "0.25"]],
+    ids=lambda words: words[0],
+)
+def test_ablations_change_the_result_and_nothing_before_it(finetuned, clean_run, tmp_path, ablation):
+    output = tmp_path / "out"
+    assert finetune(clean_run, *PHOTOS, *SMALL, "--seeds", 0, *ablation, "--output", output) == 0
+    before, now = arms(finetuned), arms(output)
+    assert len(now) == 2
+    for name, result in now.items():
+        assert result["loss"] != before[name]["loss"]
+        assert result["head_hash"] == before[name]["head_hash"]
+    probabilities = iwm_ray.load(next((output / "adapters").iterdir())).predict(
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    )
+    assert probabilities.sum(1).tolist() == pytest.approx([1, 1])
+
+
 def test_a_dry_run_creates_nothing(clean_run, tmp_path, capsys):
     output = tmp_path / "out"
     assert finetune(clean_run, *PHOTOS, *SMALL, "--output", output, "--dry-run") == 0
@@ -227,6 +246,7 @@ def test_another_finetuning_in_the_same_folder_is_refused(finetuned, clean_run, 
         ([*PHOTOS, "--tune", "hed"], ["tune.0 'hed'", "'predictor', 'encoder' or 'both'"]),
         ([*PHOTOS, "--epochs", "0"], ["epochs '0'", "greater than 0"]),
         ([*PHOTOS, "--hed", "linear"], ["--hed", "did you mean '--head'"]),
+        (["--data.path", "photos_tiny", "--data.test-path", "photos_tiny"], ["holds the training images"]),
         ([*PHOTOS, "--checkpoint", "7"], ["kept are the steps"]),
         ([*PHOTOS, "--data.weights", "1", "2"], ["data.weights: 2 given for 1"]),
         (["--data.path", "/nowhere", "--data.test-path", "photos_tiny"], ["/nowhere"]),

@@ -108,9 +108,8 @@ def test_a_run_leaves_what_is_promised(clean_run):
     promised = (
         "train/loss train/lr train/weight_decay train/momentum train/grad_norm train/samples_per_second "
     )
-    promised += (
-        "train/data_wait_fraction monitor/rankme monitor/target_std monitor/action_gap monitor/knn_top1 "
-    )
+    promised += "train/data_wait_fraction monitor/rankme monitor/lidar monitor/target_std monitor/action_gap "
+    promised += "monitor/knn_top1 "
     promised += "mrr/mrr mrr/chance mrr/adjusted mrr/zero_action mrr/shuffled_action mrr/h1 mrr/h5 mrr/h10"
     assert set(promised.split()) <= found["metrics"].keys()
     assert {path.name for path in (clean_run / "pictures").iterdir()} == {

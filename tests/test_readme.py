@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from iwm_ray import evaluate, finetune
 from iwm_ray.cli import parse_pretrain
 from iwm_ray.recipes import RECIPES
 
@@ -22,6 +23,15 @@ def test_the_commands_are_accepted(command):
     arguments = shlex.split(command)
     if "--help" not in arguments:
         parse_pretrain(arguments)
+
+
+@pytest.mark.parametrize("module", [evaluate, finetune])
+def test_the_other_commands_are_accepted(module):
+    name = module.__name__.rpartition(".")[2]
+    commands = [line.partition("#")[0] for line in re.findall(rf"python -m iwm_ray\.{name}([^\n`]*)", TEXT)]
+    assert commands
+    for command in commands:
+        assert module._parser().parse(shlex.split(command)).run == Path("runs/RUN")
 
 
 def test_every_recipe_is_named():

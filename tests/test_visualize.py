@@ -10,6 +10,8 @@ from PIL import Image
 
 from iwm_ray import visualize
 from iwm_ray.config import Config
+from iwm_ray.measurement import TaskResult, results_folder
+from iwm_ray.run_directory import write_json
 from iwm_ray.trained import Trained
 from iwm_ray.views.policy import ViewPolicy
 from iwm_ray.visualize import main
@@ -80,7 +82,7 @@ def test_the_headline_and_the_facts_are_the_measured_ones(page, copy):
 
 
 def options(**changes):
-    names = ("data.path", "data.test_path", "runtime.cache", "views", "images")
+    names = ("data.path", "data.test_path", "runtime.cache", "tracking.uri", "views", "images")
     return Namespace(**(dict.fromkeys(names) | {"images": 2} | changes))
 
 
@@ -125,12 +127,17 @@ def test_a_run_without_jitter_has_no_actions_to_imagine(clean_run):
     assert "bank" not in visualize._facts(subject)
 
 
-def test_a_recorded_action_r2_is_drawn(clean_run, tmp_path):
+def test_the_figures_of_an_evaluation_are_drawn(clean_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(clean_run, run)
     trained = Trained.open(run)
-    with trained.run.metrics.open("a") as file:
-        file.write(f'{{"step": {trained.step}, "time": 9e9, "action_r2/mean": 0.5, "action_r2/hue": 0.25}}\n')
+    figures = {
+        "trained": {"action_r2/mean": 0.5, "action_r2/hue": 0.25},
+        "untrained": {"action_r2/mean": 0.1},
+    }
+    folder = results_folder(trained)
+    folder.mkdir(parents=True)
+    write_json(folder / "action_r2.json", vars(TaskResult("action_r2", "", 1.0, {}, "", figures)))
     subject = visualize._open(trained, options())
     r2, curves = visualize._record_parts(subject)
     assert (r2.name, curves.name) == ("action-r2", "curves")

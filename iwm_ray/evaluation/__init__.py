@@ -1,1 +1,1 @@
-"""What a trained world model is worth, in numbers: MRR, kNN, rank and spread of the features, health."""
+"""What a trained world model is worth, in numbers: MRR, action regression, prediction error, kNN, rank, health."""

@@ -1,12 +1,15 @@
 """How much of the action can be read linearly from representations? (METHOD, section 4: R^2 of a ridge regression)
 
 Two halves, as in mrr.py: `action_features` runs the model, image by image; `regress` fits and tests on the joined
-table. Three regressions of the action on pooled tokens of pairs of views, all of them in the same form:
+table. Ridge regressions of the action on pooled tokens of pairs of views:
 
 - both views, (z_x, z_y), by the target encoder: what the encoder keeps of photometric change. High: the encoder is
   equivariant; a frozen, untrained one gives the value to compare with.
-- prediction, (z_x, p(x, a)): what the predictor puts of the action that it was told into what it imagines; without
-  conditioning no more than the source shows.
+- prediction, (z_x, p(x, a)): whether the action can be read from what the predictor imagines. High says little: an
+  untrained predictor passes its action on (0.98 measured). Without conditioning it is what the source shows.
+- transfer: the regression that was fitted on both views, applied to (z_x, p(x, a)): whether the action shows in what
+  is imagined as it shows in real targets. Measured on CIFAR-10: 0.42 for a model whose figure of both views is 0.39
+  (predictions are smoother than targets), 0.25 without conditioning (source: 0.23), -2.2 untrained.
 - source, z_x alone, the control: an action's flags and half of its jitter can be seen in the source, without any
   target. What the other two have above this is theirs.
 
@@ -91,10 +94,11 @@ def regress(table: Mapping[str, NDArray], components: Sequence[str], seed: int) 
 
     Returns:
         `action_r2/<component>` and `action_r2/mean` from both views; `action_r2/prediction_...` from source and
-        prediction; `action_r2/source_...` from the source alone; `action_r2/shuffled_mean` from both views with the
-        actions of other pairs, not above 0 by more than chance. Components that do not vary are left out. Each has the
-        ends of its 95 % interval over the test images as `..._low` and `..._high`. 1: exact; 0: no better than the
-        mean; below: worse.
+        prediction; `action_r2/transfer_...`, fitted on both views and applied to source and prediction;
+        `action_r2/source_...` from the source alone; `action_r2/shuffled_mean` from both views with the actions
+        of other pairs, not above 0 by more than chance. Components that do not vary are left out. Each has the
+        ends of its 95 % interval over the test images as `..._low` and `..._high`. 1: exact; 0: no better than
+        the mean; below: worse.
 
     Raises:
         UsageError: fewer than 10 images, or an action that does not vary.
@@ -116,6 +120,7 @@ def regress(table: Mapping[str, NDArray], components: Sequence[str], seed: int) 
     tests = {
         "": _Test.of(both, actions),
         "prediction_": _Test.of(imagined, actions),
+        "transfer_": _Test.of(both, actions, imagined),
         "source_": _Test.of(source, actions),
         "shuffled_": _Test.of(both, shuffled),
     }
@@ -168,11 +173,13 @@ class _Test:
     num_pairs: int
 
     @classmethod
-    def of(cls, features: Floats, actions: Floats) -> "_Test":
-        """Fits, chooses and tests on `[k v f]` and `[k v a]`, in the order of the rows."""
+    def of(cls, features: Floats, actions: Floats, others: Floats | None = None) -> "_Test":
+        """Fits, chooses and tests on `[k v f]` and `[k v a]`, in the order of the rows; tests on `others` if given."""
         cuts = (round(_FIT * len(features)), round((_FIT + _CHOOSE) * len(features)))
-        (fit, choose, test), (fit_action, choose_action, test_action) = (
-            [part.reshape(-1, part.shape[2]) for part in np.split(rows, cuts)] for rows in (features, actions)
+        tested = features if others is None else others
+        (fit, choose, _), (_, _, test), (fit_action, choose_action, test_action) = (
+            [part.reshape(-1, part.shape[2]) for part in np.split(rows, cuts)]
+            for rows in (features, tested, actions)
         )
         weights, intercepts = ridge(fit, fit_action, PENALTIES)
         errors = np.square(choose @ weights + intercepts[:, None] - choose_action).sum(1)

@@ -117,9 +117,11 @@ def rank_images(
     Inverse: the context encoder sees a view, the action leads back, and the clean image must be found among the
     views; it takes the place of the view that follows the seen one, so that chance is the same, and the seen one
     stays, as the answer of a model that changes nothing. The clean image lies in the middle of its bank, so that
-    a model which imagines the middle finds it without any action: read the figure beside its own controls.
+    a model which imagines the middle finds it without any action (0.054 beside a chance of 0.024 was measured for
+    one without conditioning): read the figure beside its own controls.
 
     Differs: the paper does not say what its banks do with ties and with views that the jitter left alone.
+    With fewer targets than views, not every view of a bank serves as one.
 
     Args:
         model: keeps its weights and training flags; runs where it is, under the caller's autocast.

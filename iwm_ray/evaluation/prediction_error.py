@@ -127,7 +127,7 @@ def error_rows(table: Mapping[str, NDArray], questions: Questions, seed: int) ->
     Returns:
         `component`, `unit`, `strength`; means over the images `error`, `null_error` and `distance`;
         `relative_to_null`, error / null_error (below 1: the action helps); `relative_to_distance`, error / distance
-        (below 1: better than changing nothing; NaN at the identity, where there is no distance). Each figure has the
+        (below 1: better than changing nothing; NaN where source and target are equal). Each figure has the
         ends of its 95 % interval over the images as `..._low` and `..._high`.
     """
     sums = np.stack([table[name] for name in ("error", "null_error", "distance")])  # [3 k r]

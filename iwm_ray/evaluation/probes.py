@@ -60,8 +60,8 @@ class Grid:
         return list(product(self.learning_rates, self.weight_decays))
 
 
-LINEAR = Grid((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (1e-2, 1e-3, 1e-4, 0.0), epochs=30, min_steps=1000)
-ATTENTIVE = Grid((3e-4, 1e-3, 3e-3), (0.01, 0.3), epochs=10, min_steps=300)
+LINEAR = Grid((3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (1e-2, 1e-3, 1e-4, 0.0), epochs=30, min_steps=1000)
+ATTENTIVE = Grid((3e-4, 1e-3, 3e-3), (0.01, 0.3), epochs=20, min_steps=500)
 # So few images that one in ten would be no sample to choose by.
 LOW_SHOT = replace(LINEAR, held_out=0.3, min_steps=500)
 

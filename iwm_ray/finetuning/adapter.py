@@ -22,6 +22,7 @@ from iwm_ray.finetuning.model import (
     Asking,
     Tuned,
     make_head,
+    module_name,
     predictor_of_shape,
     predictor_shape,
     weights_hash,
@@ -104,9 +105,14 @@ def save(
         "action": config.action,
         "target_fraction": config.target_fraction,
         "tasks": {name: list(names) for name, names in class_names.items()},
-        "task_tokens": sorted(tuned.task_tokens),
+        "has_task_tokens": bool(tuned.task_tokens),
     }
     write_json(folder / FACTS, facts)
+
+
+def exists(folder: Path) -> bool:
+    """Whether a whole adapter lies there."""
+    return (folder / FACTS).exists()
 
 
 def attach(folder: Path, encoder: Encoder) -> Tuned:
@@ -120,7 +126,8 @@ def attach(folder: Path, encoder: Encoder) -> Tuned:
     found = weights_hash(encoder)
     if found != facts["encoder_hash"]:
         raise UsageError(
-            f"adapter {folder}: belongs to the encoder {facts['encoder_hash']}, this one is {found}; give its own run"
+            f"adapter {folder}: belongs to the encoder {facts['encoder_hash']}, this one is {found}; give the run of "
+            "its encoder"
         )
     try:
         tensors = load_file(folder / _TENSORS)
@@ -130,10 +137,11 @@ def attach(folder: Path, encoder: Encoder) -> Tuned:
     if facts["predictor"] is not None:
         predictor = predictor_of_shape(facts["predictor"], encoder)
     heads = {name: make_head(facts["head"], encoder, len(names)) for name, names in facts["tasks"].items()}
-    tokens = {name: nn.Parameter(tensors[f"task_tokens.{name}"]) for name in facts["task_tokens"]}
+    with_tokens = facts["tasks"] if facts["has_task_tokens"] else ()
+    tokens = {name: nn.Parameter(tensors[f"task_tokens.{module_name(name)}"]) for name in with_tokens}
     is_frozen = not facts["has_encoder"]
     own = encoder if is_frozen else deepcopy(encoder)
-    tuned = Tuned(own, predictor, nn.ModuleDict(heads), nn.ParameterDict(tokens), is_frozen)
+    tuned = Tuned(own, predictor, heads, tokens, is_frozen)
     expected = {name for name in tuned.state_dict() if not (is_frozen and name.startswith("encoder."))}
     try:
         tuned.load_state_dict(tuned.state_dict() | tensors)

@@ -224,6 +224,10 @@ def _open_task(
     train, test = (Index.open(data, where, cache) for where in (path, test_path))
     if not train.class_names:
         raise UsageError(f"--data.path {path}: the images have no labels; finetuning needs classes")
+    if train.hash == test.hash:
+        raise UsageError(
+            f"--data.test-path {test_path}: holds the training images; give images that are not trained on"
+        )
     limits = DecodeLimits.from_config(data)
 
     def rows(index: Index, count: int) -> ImageRows:

@@ -131,7 +131,9 @@ class Experiment:
         return results
 
     def finished(self, arm: Arm) -> ArmResult | None:
-        """An arm's result, if it has been run."""
+        """An arm's result, if it has been run and its adapter, where one is due, is there."""
+        if self._has_adapter(arm) and not adapter.exists(self.adapter(arm)):
+            return None
         return read_result(self.folder / "arms", arm)
 
     def _choose(self, model: IWM, family: Family, say: Say) -> float:
@@ -192,14 +194,18 @@ class Experiment:
             encoder_hash=weights_hash(tuned.encoder),
             head_hash=head_hash,
         )
-        if arm.start != "random" and not arm.is_choice and arm.seed == config.seeds[0]:
+        if self._has_adapter(arm):
             class_names = {name: self.tasks[name].class_names for name in names}
             adapter.save(self.adapter(arm), tuned, self.trained, config, class_names, before)
         write_result(self.folder / "arms", arm, result)
         return result
 
+    def _has_adapter(self, arm: Arm) -> bool:
+        """Whether the tuned network is kept: that of the first seed, and of no control."""
+        return arm.start != "random" and not arm.is_choice and arm.seed == self.config.seeds[0]
+
     def adapter(self, arm: Arm) -> Path:
-        """Where the arm's adapter is kept: of the first seed, and of no control."""
+        """Where the arm's adapter is kept."""
         return self.folder / "adapters" / arm.name
 
     def _splits(self, arm: Arm, cached: bool) -> tuple[list[Rows], list[Rows]]:

@@ -143,7 +143,7 @@ def _loss(
     device = model_device(tuned)
     inputs, labels = batch.inputs.to(device), batch.labels.to(device)
     if inputs.ndim == 4:
-        num_classes = tuned.heads[task].classify.out_features  # type: ignore[union-attr]
+        num_classes = tuned.head(task).classify.out_features  # type: ignore[union-attr]
         inputs, labels = mixed(inputs, labels, int(num_classes), config.augment, seed, step)  # type: ignore[arg-type]
     query = asking.query(len(inputs), seed, step, device)
     with cast():

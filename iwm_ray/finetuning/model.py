@@ -1,7 +1,7 @@
 """What is tuned: a trained encoder, its predictor or a random one, task tokens and heads (IWM, section 5)."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ class Tuned(nn.Module):
         self,
         encoder: Encoder,
         predictor: Predictor | None,
-        heads: nn.ModuleDict,
-        task_tokens: nn.ParameterDict,
+        heads: Mapping[str, nn.Module],
+        task_tokens: Mapping[str, nn.Parameter],
         is_frozen: bool,
     ) -> None:
         super().__init__()
@@ -51,12 +51,9 @@ class Tuned(nn.Module):
         if not is_frozen:
             for name, parameter in encoder.named_parameters():
                 parameter.requires_grad_(name != "vit.pos_embed")
-        self.predictor, self.heads, self.task_tokens, self.is_frozen = (
-            predictor,
-            heads,
-            task_tokens,
-            is_frozen,
-        )
+        self.predictor, self.is_frozen = predictor, is_frozen
+        self.heads = nn.ModuleDict({module_name(task): head for task, head in heads.items()})
+        self.task_tokens = nn.ParameterDict({module_name(task): token for task, token in task_tokens.items()})
 
     def forward(self, inputs: Tensor, task: str, query: "Query") -> Tensor:
         """Logits.
@@ -69,7 +66,11 @@ class Tuned(nn.Module):
         Returns:
             `[b c]`.
         """
-        return self.heads[task](self.represent(inputs, task, query))
+        return self.head(task)(self.represent(inputs, task, query))
+
+    def head(self, task: str) -> nn.Module:
+        """The head of a task."""
+        return self.heads[module_name(task)]
 
     def represent(self, inputs: Tensor, task: str, query: "Query") -> Tensor:
         """The tokens that the head reads, `[b t d]`: predictions, or those of the encoder without a predictor."""
@@ -79,7 +80,9 @@ class Tuned(nn.Module):
         count = tokens.shape[0]  # not len(tokens): torch.export would take it for a constant
         grid = torch.arange(tokens.shape[1], device=tokens.device).expand(count, -1)
         target_idx = grid if query.target_idx is None else query.target_idx
-        token = self.task_tokens[task].expand(count, -1, -1) if task in self.task_tokens else None
+        token = None
+        if module_name(task) in self.task_tokens:
+            token = self.task_tokens[module_name(task)].expand(count, -1, -1)
         return self.predictor(tokens, grid, target_idx, query.action, token)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -97,6 +100,11 @@ class Tuned(nn.Module):
     def num_trained(self) -> int:
         """Trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def module_name(task: str) -> str:
+    """A name for what belongs to a task: torch's containers refuse a bare `train` or `keys`."""
+    return f"of_{task}"
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,8 @@ def assemble(
         predictor = deepcopy(model.predictor)
     elif start == "random":
         predictor = random_predictor(trained, encoder, seed)
-    heads, task_tokens = nn.ModuleDict(), nn.ParameterDict()
+    heads: dict[str, nn.Module] = {}
+    task_tokens: dict[str, nn.Parameter] = {}
     for number, (name, num_classes) in enumerate(tasks.items()):
         with seeded(seed, "head", 0):  # a task's head is the same alone and among others
             heads[name] = make_head(config.head, encoder, num_classes)

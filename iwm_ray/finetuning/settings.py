@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from iwm_ray.config import Fraction, Positive, _Part
+from iwm_ray.config import Fraction, Positive, _Part, refuse_credentials
 
 Tune = Literal["predictor", "encoder", "both"]
 
@@ -30,6 +30,13 @@ class FinetuneDataConfig(_Part):
     """share of the training images on which a learning rate of `lr_grid` is chosen"""
     weights: tuple[Positive, ...] = ()
     """share of the batches that each data set gets, in their order; empty: by number of images"""
+
+    @model_validator(mode="after")
+    def _paths_hold_no_credentials(self) -> Self:
+        for name in ("path", "test_path"):
+            for path in getattr(self, name):
+                refuse_credentials(name, path)
+        return self
 
 
 class AugmentConfig(_Part):

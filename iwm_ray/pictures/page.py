@@ -41,6 +41,8 @@ class Section:
     title: str
     caption: str
     pictures: tuple[Picture, ...]
+    table: tuple[tuple[str, ...], ...] = ()
+    """rows of cells, the first one the heads; after the pictures"""
 
 
 def build_page(
@@ -107,6 +109,10 @@ nav, section, details { border-top: 1px solid var(--line); padding-top: 1.2rem; 
 .sheet:focus-visible { outline: 3px solid var(--link); }
 .sheet img { display: block; width: 100%; height: auto; margin: 0 auto; max-width: calc(var(--natural) / 1.5);
   min-width: calc(var(--natural) / 2.3); }
+.rows { overflow-x: auto; }
+.rows:focus-visible { outline: 3px solid var(--link); }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 pre { background: var(--sheet); border: 1px solid var(--line); border-radius: .4rem; padding: 1rem; overflow-x: auto;
   font-size: .82rem; }
 summary { cursor: pointer; font-weight: 600; }
@@ -141,13 +147,27 @@ summary { cursor: pointer; font-weight: 600; }
 <section id="{{ section.name }}">
 <h2>{{ section.title }}</h2>
 <p class="caption">{{ section.caption }}</p>
+{% if section.pictures %}
 <p class="hint">Swipe the picture sideways to see all of it.</p>
+{% endif %}
 {% for picture in section.pictures %}
 <div class="sheet" tabindex="0" role="group" aria-label="{{ section.title }}, picture {{ loop.index }}">
 <img src="{{ picture.uri }}" width="{{ picture.width }}" height="{{ picture.height }}" alt="{{ picture.alt }}"
  style="--natural: {{ picture.width }}px">
 </div>
 {% endfor %}
+{% if section.table %}
+<div class="rows" tabindex="0" role="group" aria-label="{{ section.title }}, table">
+<table>
+<thead><tr>{% for cell in section.table[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in section.table[1:] %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+{% endif %}
 </section>
 {% endfor %}
 <details id="configuration">

@@ -151,7 +151,7 @@ def views_part(figure: Figure, num_images: int) -> Part:
     return Part("views", "Views, masks and actions", caption, ((figure, alt),))
 
 
-def action_r2_part(metrics: Metrics, components: Sequence[str]) -> Part:
+def action_r2_part(metrics: Metrics, components: Sequence[str], untrained: Metrics | None = None) -> Part:
     """Action R²; arguments as of `action_r2_bars`."""
     caption = (
         "How well a linear map reads the action off the features of two views: 1 is perfect, 0 is no better than always "
@@ -159,7 +159,7 @@ def action_r2_part(metrics: Metrics, components: Sequence[str]) -> Part:
     )
     named = [name for name in ("mean", *components) if f"action_r2/{name}" in metrics]
     words = ", ".join(f"{name} {metrics[f'action_r2/{name}']:.2f}" for name in named)
-    figure = action_r2_bars(metrics, components)
+    figure = action_r2_bars(metrics, components, untrained)
     return Part("action-r2", "The action in the features", caption, ((figure, f"Bars of R²: {words}."),))
 
 

@@ -9,6 +9,7 @@ has to be old enough.
 """
 
 import base64
+import importlib.util
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +49,7 @@ _POLL_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 15.0
 _SYSTEM_METRICS_SECONDS = 10.0
 _PROBE_SECONDS = 3.0
+_ADDING_SECONDS = 60.0  # to a run that has ended: no training waits
 _METRIC_NAME = re.compile(r"[\w\-. :/]{1,250}")
 
 # What MLflow reads from the environment of this process; what the user has set stays. One try of ten seconds:
@@ -509,6 +512,11 @@ class NullTracker:
 
     uri = "none"
 
+    @property
+    def run_id(self) -> str:
+        """The MLflow run: there is none."""
+        return ""
+
     def start(self) -> Self:
         """Does nothing."""
         return self
@@ -690,6 +698,22 @@ def open_tracker(
     if tracking_uri(config) == "none":
         return NullTracker()
     return Tracker(run_dir, config, run_name, tags, say)
+
+
+@contextmanager
+def reopened(run: RunDirectory, config: Config) -> Iterator[NullTracker]:
+    """The MLflow run of a run that has ended, to add what was measured or drawn since; waits for the store.
+
+    Raises:
+        UsageError: the run is live: its directory is its own.
+    """
+    with run.lock():
+        if importlib.util.find_spec("mlflow") is None:
+            yield NullTracker()
+            return
+        with open_tracker(run.path, config, run.path.name) as tracker:
+            yield tracker
+            tracker.finish(deadline_seconds=_ADDING_SECONDS)
 
 
 def _load_mlflow(uri: str) -> None:

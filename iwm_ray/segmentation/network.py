@@ -73,9 +73,7 @@ def assemble(
     spread_positions(encoder, predictor, image_size(trained, config) // encoder.patch_size)
     with seeded(seed, "head", 0):
         head = make_head(config.head, encoder, num_classes)
-    return Tuned(
-        encoder, predictor, nn.ModuleDict({TASK: head}), nn.ParameterDict(), is_frozen=tune == "predictor"
-    )
+    return Tuned(encoder, predictor, {TASK: head}, {}, is_frozen=tune == "predictor")
 
 
 def spread_positions(encoder: Encoder, predictor: Predictor | None, side: int) -> None:

@@ -57,7 +57,7 @@ def test_each_figure_knows_what_its_features_hold() -> None:
     for name in ("b", "prediction_a", "source_a", "source_b", "source_mean", "shuffled_mean"):
         assert -0.15 < metrics[f"action_r2/{name}"] < 0.1, name
     names = [name for name in metrics if not name.endswith(("_low", "_high"))]
-    assert len(metrics) == 3 * len(names) == 3 * (3 * 3 + 1)
+    assert len(metrics) == 3 * len(names) == 3 * (4 * 3 + 1)
     for name in names:
         assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"]
 
@@ -130,3 +130,14 @@ def test_the_whole_way_with_the_policys_components() -> None:
     metrics = regress(table, [field.name for field in POLICY.schema], seed=0)
     assert {"action_r2/hue", "action_r2/source_grayscale", "action_r2/prediction_mean"} <= set(metrics)
     assert np.isfinite(list(metrics.values())).all()
+
+
+def test_transfer_asks_whether_predictions_show_the_action_as_targets_do() -> None:
+    table = _table()
+    table["prediction"] = table["target"].copy()  # a perfect world model
+    metrics = regress(table, ("a", "b"), seed=0)
+    assert metrics["action_r2/transfer_a"] == metrics["action_r2/a"]
+    table["prediction"][..., 0] = -table["action"][..., 0]  # the action is there, but not as in targets
+    metrics = regress(table, ("a", "b"), seed=0)
+    assert metrics["action_r2/prediction_a"] == pytest.approx(1, abs=1e-6)
+    assert metrics["action_r2/transfer_a"] < 0

@@ -94,6 +94,15 @@ def test_an_epoch_sees_every_image_once_and_seeds_differ(task):
     assert seen[0][:24] != seen[0][24:]
 
 
+@pytest.mark.slow
+def test_other_processes_make_the_same_batches(task):
+    rows = replace(task.train, augment=AugmentConfig(crop_area=0.5, flip_probability=0.5))
+    steps = Steps((rows, rows), alternate([2, 1]), 8, 0)
+    for ours, theirs in zip(steps.batches(0), steps.batches(1), strict=True):
+        assert ours.task == theirs.task
+        assert torch.equal(ours.inputs, theirs.inputs) and torch.equal(ours.labels, theirs.labels)
+
+
 def test_strong_augmentation_depends_on_seed_epoch_and_image_only(task):
     rows = replace(task.train, augment=AugmentConfig(crop_area=0.3, randaugment=9, flip_probability=0.5))
     ones = np.ones_like(ZERO)
@@ -123,13 +132,12 @@ def test_without_mixing_the_batch_is_left_alone(task):
 
 
 def test_an_unreadable_image_is_left_out(tmp_path, task, trained):
-    folder = tmp_path / "images"
-    for name in ("a", "b"):
-        (folder / name).mkdir(parents=True)
+    for name in ("train/a", "train/b", "test/a"):
+        (tmp_path / name).mkdir(parents=True)
         for number in range(3):
-            shutil.copy(task.train.index.path(number), folder / name / f"{number}.png")
-    (folder / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")
-    data = {"path": [str(folder)], "test_path": [str(folder)]}
+            shutil.copy(task.train.index.path(number), tmp_path / name / f"{number}.png")
+    (tmp_path / "train" / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")
+    data = {"path": [str(tmp_path / "train")], "test_path": [str(tmp_path / "test")]}
     (found,) = open_tasks(FinetuneConfig.model_validate({"data": data}), trained.config, tmp_path / "cache")
     assert len(found.train) == 7
     assert sum(len(drawn.labels) for drawn in in_order(found.train, 4)) == 6

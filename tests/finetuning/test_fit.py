@@ -68,7 +68,7 @@ def test_measuring_does_not_depend_on_the_size_of_its_batches(tuned_network, con
 def test_a_loss_that_is_not_finite_ends_the_arm(tuned_network, config, trained, task):
     tuned = tuned_network(config)
     with torch.no_grad():
-        tuned.heads["photos"].classify.weight.fill_(torch.inf)
+        tuned.head("photos").classify.weight.fill_(torch.inf)
     rows = TokenRows(encode(RunEncoder(trained, for_predictor=True), task.train))
     with pytest.raises(RunError, match="lower --lr"):
         trained_arm(tuned, rows, config, trained, 3)

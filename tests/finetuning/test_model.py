@@ -35,7 +35,7 @@ def test_logits_are_the_head_on_the_predictions_of_the_null_action(tuned_network
     with torch.no_grad():
         logits = tuned(images(), "photos", asking(trained).query(4, 0, 0, CPU))
         predictions = model.predict(images(), torch.zeros(4, trained.policy.action_dim), "target")
-        torch.testing.assert_close(logits, tuned.heads["photos"](predictions))
+        torch.testing.assert_close(logits, tuned.head("photos")(predictions))
         torch.testing.assert_close(
             logits, tuned(tuned.encode(images()), "photos", asking(trained).query(4, 0, 0, CPU))
         )
@@ -81,7 +81,7 @@ def test_rates_follow_the_protocol(tuned_network, config):
         for group in parameter_groups(tuned, config, "pretrained")
         for parameter in group["params"]
     }
-    assert scale["heads.photos.query"] == 1
+    assert scale["heads.of_photos.query"] == 1
     assert scale["predictor.embed.weight"] == 0.1
     assert scale["encoder.vit.norm.weight"] == scale["encoder.vit.blocks.1.attn.qkv.weight"] == 0.1
     assert scale["encoder.vit.blocks.0.attn.qkv.weight"] == pytest.approx(0.1 * 0.75)
@@ -97,11 +97,17 @@ def test_task_tokens_tell_tasks_apart(tuned_network, config, trained):
     with torch.no_grad():
         one, two = (tuned.represent(images(), task, query) for task in ("a", "b"))
         assert not torch.allclose(one, two)
-        tuned.task_tokens["b"].copy_(tuned.task_tokens["a"])
+        tuned.task_tokens["of_b"].copy_(tuned.task_tokens["of_a"])
         assert torch.equal(one, tuned.represent(images(), "b", query))
     alone = tuned_network(config, tasks={"a": 10})
     assert not alone.task_tokens
-    assert weights_hash(alone.heads["a"]) == weights_hash(tuned.heads["a"])
+    assert weights_hash(alone.head("a")) == weights_hash(tuned.head("a"))
+
+
+@pytest.mark.parametrize("name", ["train", "keys", "type", "a-b_c"])
+def test_a_task_may_have_any_name(tuned_network, config, trained, name):
+    tuned = tuned_network(config, tasks={name: 3, "other": 2})
+    assert tuned(images(), name, asking(trained).query(4, 0, 0, CPU)).shape == (4, 3)
 
 
 def test_queries_are_null_and_whole_unless_asked_otherwise(trained):

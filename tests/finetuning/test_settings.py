@@ -28,6 +28,7 @@ def test_which_augmentation_lets_tokens_be_cached(augment, keeps):
         ({"seeds": [1, 1]}, "seeds 1 1"),
         ({"tune": ["head"]}, "predictor"),
         ({"data": {"path": ["a", "b"], "weights": [1]}}, "data.weights: 1 given for 2"),
+        ({"data": {"path": ["a=s3://user:word@bucket/x"]}}, "path: holds credentials"),
         ({"target_fraction": 0}, "greater than 0"),
         ({"lr_grid": [0]}, "greater than 0"),
     ],

@@ -42,7 +42,7 @@ def test_the_control_has_the_same_head_and_another_predictor(trained, model):
         assemble(trained, model, SegmentConfig(), "predictor", start, 5, 3)
         for start in ("pretrained", "random")
     )
-    assert weights_hash(ours.heads[TASK]) == weights_hash(control.heads[TASK])
+    assert weights_hash(ours.head(TASK)) == weights_hash(control.head(TASK))
     assert weights_hash(ours.encoder) == weights_hash(control.encoder)
     assert weights_hash(ours.predictor) != weights_hash(control.predictor)
     assert ours.num_trained == control.num_trained

@@ -1,0 +1,342 @@
+"""The command behind the documents in sweeps/: plans a sweep, runs what is not done yet, and reports.
+
+python sweeps/spectrum.py --size cifar10 --data.path train.parquet --data.test-path test.parquet
+"""
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from iwm_ray import cli
+from iwm_ray.config import Config
+from iwm_ray.errors import RunError, UsageError
+from iwm_ray.evaluation.settings import MeasureConfig
+from iwm_ray.progress import duration, scanning
+from iwm_ray.run_directory import RunDirectory
+from iwm_ray.sweeping.job import Job
+from iwm_ray.sweeping.record import SweepDirectory
+from iwm_ray.sweeping.space import Size, Sweep, Trial, choose
+
+if TYPE_CHECKING:
+    from iwm_ray.runtime.tracking import NullTracker
+    from iwm_ray.runtime.tune import Asha, Room
+
+Define = Callable[[Size], Sweep]
+"""from the size that is wanted, the sweep"""
+
+_TRACKING_SECONDS = 60.0
+_PARENT_SECONDS = 20.0  # a store that is away: the children then stand alone
+_MINIMISED = ("train/loss", "monitor/loss")
+
+
+def main(define: Define, arguments: Sequence[str] | None = None) -> None:
+    """Runs a sweep document's command line and exits with its code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    sys.exit(cli.run_command(lambda words: _main(define, words), given))
+
+
+def _main(define: Define, arguments: Sequence[str]) -> None:
+    options = _parser(sys.modules[define.__module__].__doc__ or "").parse(arguments)
+    if options.want_mrr is not None and not 0 <= options.want_mrr <= 1:
+        raise UsageError(f"--want-mrr {options.want_mrr:g}: needs a number from 0 to 1")
+    if options.report is not None:
+        _write_report(options.report, options)
+        return
+    sweep = read_sweep(define, options)
+    directory = SweepDirectory((options.output or default_output(sweep, options)).absolute())
+    plan = make_plan(sweep, directory, options)
+    print("\n".join(plan_lines(plan)))
+    if options.dry_run:
+        return
+    run(plan, options.debug)
+    failed = [found for found in directory.failures().values()]
+    _write_report(directory.path, options)
+    if failed:
+        names = "; ".join(f"{each['title']}: {each['reason']}" for each in failed)
+        raise RunError(f"{len(failed)} trials failed, the same command tries them again: {names}")
+
+
+# ---- the command line ----
+
+
+def _parser(document: str) -> cli.Parser:
+    parser = cli.Parser(
+        prog=f"python {Path(sys.argv[0]).name}",
+        description=document,
+        epilog="The same command continues an interrupted sweep: it runs no finished trial again.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=None,
+    )
+    parser.add_argument(
+        "--size", choices=get_args(Size), default="laptop", help="how large; default laptop (photographs)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the sweep; default runs/sweeps/NAME-SIZE"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds of every configuration")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print trials, hours and resources; start nothing"
+    )
+    parser.add_argument("--smoke", action="store_true", help="one tiny value of each axis")
+    parser.add_argument("--no-finetune", action="store_true", help="leave out predictor finetuning")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="only write the report of a sweep's folder, or of runs"
+    )
+    parser.add_argument(
+        "--want-mrr", type=float, metavar="X", help="name the known configuration nearest to this MRR"
+    )
+    parser.add_argument("--want", choices=WANTED, help="name the known configuration that is best at this")
+    group = parser.add_argument_group("search and resources")
+    group.add_argument(
+        "--search", choices=("grid", "random", "optuna"), default="grid", help="how points are chosen"
+    )
+    group.add_argument("--trials", type=int, metavar="N", help="how many points random and optuna choose")
+    group.add_argument(
+        "--asha", metavar="METRIC", help="stop trials that fall behind in a monitor, such as monitor/knn_top1"
+    )
+    group.add_argument(
+        "--max-failures", type=int, default=1, metavar="N", help="attempts after the first; default 1"
+    )
+    group.add_argument(
+        "--at-once", type=int, default=0, metavar="N", help="most trials at once; default as many as fit"
+    )
+    group.add_argument(
+        "--gpus-per-trial",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="1, 0.5, 0.25 ...: small trials share a GPU",
+    )
+    cli.add_common_options(parser)
+    cli.add_settings(parser, Config)
+    measuring = parser.add_argument_group("measure", MeasureConfig.__doc__)
+    for name, field in MeasureConfig.model_fields.items():
+        cli.add_option(measuring, f"measure.{name}", field)
+    return parser
+
+
+WANTED = ("best-linear", "best-attentive", "best-finetuned", "invariant", "equivariant")
+
+
+def read_sweep(define: Define, options: argparse.Namespace) -> Sweep:
+    """The sweep of the command line.
+
+    Raises:
+        UsageError: a value is wrong.
+    """
+    sweep = define(options.size)
+    tree = {"measure": sweep.measure.model_dump()} | sweep.base.model_dump()
+    cli.override(tree, options)
+    measure = cli.validate_as(MeasureConfig, tree.pop("measure"))
+    sweep = replace(sweep, base=cli.validate(tree), measure=measure)
+    if options.seeds:
+        sweep = sweep.with_seeds(options.seeds)
+    if options.no_finetune:
+        sweep = replace(sweep, finetune=None)
+    return sweep.smoke() if options.smoke else sweep
+
+
+def default_output(sweep: Sweep, options: argparse.Namespace) -> Path:
+    """`runs/sweeps/spectrum-cifar10`"""
+    return Path("runs/sweeps") / f"{sweep.name}-{options.size}{'-smoke' if options.smoke else ''}"
+
+
+# ---- the plan ----
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep, resolved: which trials there are, which are left, and what they run on."""
+
+    sweep: Sweep
+    directory: SweepDirectory
+    trials: list[Trial]
+    left: list[Trial]
+    search: str
+    num_samples: int
+    """points that optuna chooses"""
+    asha: "Asha | None"
+    max_failures: int
+    room: "Room"
+    hours: str
+
+
+def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespace) -> Plan:
+    """Checks all there is to check before anything starts; opens the data, whose index the trials then share.
+
+    Raises:
+        UsageError: an axis, a value, the data, the search or the resources.
+    """
+    from iwm_ray.runtime import tracking, tune
+
+    tracking.check_uri(sweep.base)
+    trials = sweep.trials()
+    if options.search != "grid" and not options.trials:
+        raise UsageError(f"--search {options.search}: needs --trials N, how many of the {len(trials)} points")
+    if options.search == "random":
+        trials = choose(trials, options.trials, sweep.base.seed)
+    if options.search == "optuna":
+        _check_optuna(options)
+    left = [
+        trial
+        for trial in trials
+        if directory.status(sweep, trial, keep_stopped=bool(options.asha)) not in ("finished", "stopped")
+    ]
+    room = tune.make_room(trials[0].config, options.gpus_per_trial, max(1, len(left)), options.at_once)
+    hours, total_steps = _expected(left or trials[:1], directory, room.at_once)
+    asha = None
+    if options.asha:
+        every = trials[0].config.monitor.every_steps or max(1, total_steps // 10)
+        mode = "min" if options.asha in _MINIMISED else "max"
+        asha = tune.Asha(options.asha, mode, total_steps, max(1, 2 * every))
+    return Plan(
+        sweep,
+        directory,
+        trials,
+        left,
+        options.search,
+        options.trials or 0,
+        asha,
+        options.max_failures,
+        room,
+        hours,
+    )
+
+
+def _check_optuna(options: argparse.Namespace) -> None:
+    if importlib.util.find_spec("optuna") is None:
+        raise UsageError("--search optuna: optuna is not installed; pip install 'iwm_ray[sweep]'")
+    if options.asha:
+        raise UsageError("--search optuna has two goals, and --asha follows one metric; drop one of them")
+
+
+def _expected(trials: Sequence[Trial], directory: SweepDirectory, at_once: int) -> tuple[str, int]:
+    """Time of the training of all trials, in words, and the steps of one."""
+    import torch
+
+    from iwm_ray.build import build
+    from iwm_ray.model.iwm import build_model
+    from iwm_ray.plan_report import gemm_rate, step_flops
+
+    total, steps, known = 0, 0, {}
+    for trial in trials:
+        shape = trial.config.model_copy(update={"seed": 0}).hash()
+        if shape not in known:
+            setup = build(trial.config, directory.run(trial.hash), scanning(trial.config.data.path))
+            with torch.device("meta"):
+                model = build_model(trial.config, setup.policy.action_dim)
+            known[shape], steps = step_flops(setup, model) * setup.total_steps, setup.total_steps
+        total += known[shape]
+    config = trials[0].config
+    if config.runtime.use_gpu:
+        gpu_hours = total / 1e15 / 3600
+        return (
+            f"{gpu_hours:,.1f} GPU-hours of training at 1000 TFLOP/s; expect 20 to 50 % of a GPU's peak",
+            steps,
+        )
+    low, high = (total / (gemm_rate() * share * at_once) for share in (0.8, 0.25))
+    return f"{duration(low)} to {duration(high)} of training on these CPUs, measuring on top", steps
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """What is printed before anything starts."""
+    sweep, tuned = plan.sweep, plan.sweep.finetune
+    lines = [
+        f"sweep {sweep.name}: {plan.directory.path}",
+        f"  question   {sweep.question}",
+        *(f"  axis       {axis.name}: {', '.join(axis.values)}" for axis in sweep.axes),
+        f"  trials     {len(plan.trials)}, {len(plan.trials) - len(plan.left)} of them done"
+        + (f"; {plan.search} chooses {plan.num_samples}" if plan.num_samples else ""),
+        f"  measured   {' '.join(sweep.measure.tasks)}"
+        + (f", predictor finetuning with its control, {len(tuned.seeds)} seeds" if tuned else ""),
+        f"  resources  {plan.room.line}",
+        f"  time       {plan.hours}",
+    ]
+    if plan.asha:
+        lines.append(
+            f"  scheduler  ASHA on {plan.asha.metric} ({plan.asha.mode}), from step {plan.asha.grace_steps}"
+        )
+    return lines
+
+
+def _write_report(folder: Path, options: argparse.Namespace) -> None:
+    """Writes and names the report; prints its sentences and what was asked of the dial."""
+    from iwm_ray.sweeping.report import Report
+
+    report = Report.open(folder)
+    page = report.write()
+    print("\n".join(report.text))
+    for want in (options.want_mrr, options.want):
+        if want is not None:
+            print("\n".join(report.wanted(want)))
+    print(f"report       {page}", flush=True)
+
+
+# ---- running ----
+
+
+def run(plan: Plan, debug: bool = False) -> None:
+    """Runs the trials that are left; fails only where nothing could be started at all."""
+    from iwm_ray.runtime import tune
+    from iwm_ray.trial import run_trial
+
+    if not plan.left:
+        return
+    sweep, directory = plan.sweep, plan.directory
+    with RunDirectory(directory.path).lock():
+        directory.plan(sweep, plan.trials)
+        with _parent(plan) as tags:
+            tune.connect(plan.left[0].config, plan.room, debug)
+            jobs = [Job(sweep, trial, directory, tags) for trial in plan.left]
+            searcher = None
+            if plan.search == "optuna":
+                from iwm_ray.runtime.optuna_search import TwoGoals
+
+                searcher = TwoGoals(sweep, directory, plan.trials)
+            tune.run_trials(
+                jobs,
+                run_trial,
+                plan.room,
+                max_failures=plan.max_failures,
+                asha=plan.asha,
+                searcher=searcher,
+                num_samples=plan.num_samples,
+                say=lambda line: print(line, flush=True),
+            )
+        if plan.asha:
+            _note_stopped(plan)
+
+
+def _note_stopped(plan: Plan) -> None:
+    """What the scheduler has stopped, it would stop again."""
+    for trial in plan.left:
+        if plan.directory.training(trial.hash) == "stopped":
+            plan.directory.note_done(plan.sweep, trial, {}, "stopped")
+
+
+@contextmanager
+def _parent(plan: Plan) -> Iterator[dict[str, str]]:
+    """The MLflow run of the sweep; gives the tags that make a trial's run its child."""
+    tags = {"iwm.sweep": plan.sweep.name}
+    with open_parent(plan.directory, plan.sweep) as tracker:
+        until = time.monotonic() + _PARENT_SECONDS
+        while tracker.uri != "none" and not tracker.run_id and time.monotonic() < until:
+            time.sleep(0.1)
+        yield tags | ({"mlflow.parentRunId": tracker.run_id} if tracker.run_id else {})
+
+
+def open_parent(directory: SweepDirectory, sweep: Sweep) -> "NullTracker":
+    """The tracker of the whole sweep."""
+    from iwm_ray.runtime import tracking
+
+    if importlib.util.find_spec("mlflow") is None:
+        return tracking.NullTracker()
+    tags = {"iwm.sweep": sweep.name, "mlflow.note.content": sweep.question}
+    return tracking.open_tracker(directory.path, sweep.base, f"sweep {sweep.name}", tags)

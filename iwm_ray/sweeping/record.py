@@ -1,0 +1,123 @@
+"""What a sweep leaves on disk. These files are its only record: whoever starts it again reads them, and nothing of Ray's.
+
+SWEEP/sweep.json         question, axes, every trial that was ever planned: hash -> point
+SWEEP/trials/HASH/       the run directory of a trial
+SWEEP/trials/HASH/trial.json   written when all that was asked of it is done
+SWEEP/failures/HASH.json       a trial that failed: its point, reason, attempts
+SWEEP/report/            table, figures, page
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from iwm_ray.run_directory import RunDirectory, write_json
+from iwm_ray.sweeping.space import Point, Sweep, Trial
+
+Status = Literal["finished", "stopped", "failed", "begun", "new"]
+DONE = "trial.json"
+
+
+@dataclass(frozen=True)
+class SweepDirectory:
+    """A sweep's folder."""
+
+    path: Path
+
+    @property
+    def definition(self) -> Path:
+        return self.path / "sweep.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def run(self, trial_hash: str) -> RunDirectory:
+        """The run directory of a trial."""
+        return RunDirectory(self.path / "trials" / trial_hash)
+
+    def runs(self) -> list[Path]:
+        """The run directories that are there."""
+        return sorted(path.parent for path in (self.path / "trials").glob("*/config.json"))
+
+    def points(self) -> dict[str, Point]:
+        """Hash -> point of all trials that were ever planned."""
+        return dict(_read(self.definition).get("trials", {}))
+
+    def plan(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
+        """Adds trials to the record; those of an earlier, smaller grid stay."""
+        write_json(
+            self.definition,
+            {
+                "name": sweep.name,
+                "question": sweep.question,
+                "axes": {axis.name: list(axis.values) for axis in sweep.axes},
+                "base": sweep.base.model_dump(mode="json"),
+                "trials": self.points() | {trial.hash: trial.point for trial in trials},
+            },
+        )
+
+    def status(self, sweep: Sweep, trial: Trial, *, keep_stopped: bool = False) -> Status:
+        """How far a trial is.
+
+        Args:
+            sweep: what is asked of the trial; one that was done by other settings has only begun.
+            keep_stopped: whether what a scheduler has stopped counts as stopped, or as begun.
+        """
+        run = self.run(trial.hash)
+        done = _read(run.path / DONE)
+        if done.get("asked") == asked(sweep):
+            if done["status"] == "finished" and _read(run.summary).get("status") == "finished":
+                return "finished"
+            if done["status"] == "stopped" and keep_stopped:
+                return "stopped"
+        if self._failure(trial.hash).exists():
+            return "failed"
+        return "begun" if run.config.exists() else "new"
+
+    def training(self, trial_hash: str) -> str:
+        """How a trial's training ended: finished, stopped, failed; empty where it has not."""
+        return str(_read(self.run(trial_hash).summary).get("status", ""))
+
+    def note_done(
+        self, sweep: Sweep, trial: Trial, seconds: dict[str, float], status: str = "finished"
+    ) -> None:
+        """Marks a trial as done by what was asked of it; forgets its failure."""
+        record = {"status": status, "asked": asked(sweep), "point": trial.point, "seconds": seconds}
+        write_json(self.run(trial.hash).path / DONE, record)
+        self._failure(trial.hash).unlink(missing_ok=True)
+
+    def note_failure(self, trial: Trial, reason: str) -> None:
+        """Names a failed attempt."""
+        file = self._failure(trial.hash)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        attempts = _read(file).get("attempts", 0) + 1
+        write_json(file, {"point": trial.point, "title": trial.title, "reason": reason, "attempts": attempts})
+
+    def failures(self) -> dict[str, dict[str, Any]]:
+        """Hash -> title, reason and attempts of the trials that failed last."""
+        return {file.stem: _read(file) for file in sorted((self.path / "failures").glob("*.json"))}
+
+    def _failure(self, trial_hash: str) -> Path:
+        return self.path / "failures" / f"{trial_hash}.json"
+
+
+def asked(sweep: Sweep) -> dict[str, Any]:
+    """What is asked of every trial besides its training."""
+    tuned = sweep.finetune
+    return {
+        "measure": sweep.measure.model_dump(mode="json"),
+        "finetune": tuned and tuned.model_dump(mode="json", exclude={"runtime"}),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+    return {}

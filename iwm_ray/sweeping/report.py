@@ -1,0 +1,295 @@
+"""The report of a sweep: tables, figures and one page, from the run directories alone."""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from matplotlib.figure import Figure
+
+from iwm_ray.pictures.page import Picture, Section, build_page
+from iwm_ray.pictures.spectrum import (
+    Bar,
+    Dot,
+    Panel,
+    correlation_bars,
+    effect_grid,
+    heat_maps,
+    spectrum_map,
+)
+from iwm_ray.sweeping.record import SweepDirectory
+from iwm_ray.sweeping.results import (
+    GAIN,
+    MRR,
+    OUTCOMES,
+    TUNED,
+    Configuration,
+    Outcome,
+    Result,
+    axes_of,
+    configurations,
+    dial,
+    effects,
+    in_order,
+    named_points,
+    pretrain_command,
+    read_results,
+    sound,
+    table,
+)
+from iwm_ray.sweeping.words import figure, reading, relation_words, relations
+
+_MAPPED = tuple(outcome for outcome in OUTCOMES if outcome is not TUNED)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a folder of runs says."""
+
+    folder: Path
+    title: str
+    question: str
+    results: list[Result]
+    failures: dict[str, dict[str, str]]
+    """hash -> title and reason of trials that failed last"""
+
+    @classmethod
+    def open(cls, folder: Path) -> "Report":
+        """Reads a sweep's folder, or one of run directories.
+
+        Raises:
+            UsageError: there are no runs.
+        """
+        directory = SweepDirectory(folder.absolute())
+        results = read_results(directory.path)
+        found = json.loads(directory.definition.read_text()) if directory.definition.exists() else {}
+        name = found.get("name", folder.absolute().name)
+        return cls(directory.path, f"Sweep {name}", found.get("question", ""), results, directory.failures())
+
+    @cached_property
+    def groups(self) -> list[Configuration]:
+        return configurations(self.results)
+
+    @cached_property
+    def text(self) -> list[str]:
+        """The results in sentences."""
+        return reading(self.results, self.groups)
+
+    def write(self) -> Path:
+        """Writes SWEEP/report/: report.html, PNGs, trials.csv, trials.parquet; returns the page."""
+        place = SweepDirectory(self.folder).report
+        place.mkdir(exist_ok=True)
+        rows = pa.Table.from_pylist(table(self.results)[1])
+        pa.csv.write_csv(rows, place / "trials.csv")
+        pa.parquet.write_table(rows, place / "trials.parquet")
+        pictures = {name: _png(drawn) for name, drawn in self._figures().items()}
+        for name, png in pictures.items():
+            (place / f"{name}.png").write_bytes(png)
+        page = place / "report.html"
+        page.write_text(self._page(pictures))
+        return page
+
+    def wanted(self, want: str | float) -> list[str]:
+        """The dial: the known configuration nearest to a wish, and the command that trains it."""
+        group, metric = dial(self.groups, want)
+        value = figure(group.mean(metric), group.interval(metric))
+        seeds = ", ".join(figure(each) for each in group.seeds(metric))
+        return [
+            f"wanted {want}: nearest known is {group.title}",
+            f"  {metric} {value}, 95 % over images; by seed {seeds}",
+            f"  {pretrain_command(group.results[0].config)}",
+        ]
+
+    # Figures
+
+    def _figures(self) -> dict[str, Figure]:
+        found = sound(self.groups)
+        if not found:
+            return {}
+        drawn: dict[str, Figure] = {}
+        if shown := _measured(found, _MAPPED):
+            drawn["map"] = self._map(shown)
+            drawn["correlations"] = correlation_bars(
+                [
+                    Bar(each.outcome.title, each.value, each.low, each.high, each.outcome.paper, each.count)
+                    for each in relations(self.groups)
+                ]
+            )
+        if axes_of(found):
+            drawn["effects"] = self._effects(shown)
+        if len(axes_of(found)) > 1:
+            drawn["heat"] = self._heat()
+        return drawn
+
+    def _map(self, shown: Sequence[Outcome]) -> Figure:
+        groups = sound(self.groups)
+        axes = [effect.axis for effect in effects(groups, MRR)][:2]
+        color, marker = (*axes, "", "")[:2]
+        names = {id(group): name for name, group in named_points(self.groups).items()}
+        by_metric = {each.outcome.metric: each for each in relations(self.groups)}
+        panels = []
+        for outcome in shown:
+            dots = tuple(
+                Dot(
+                    group.mean(MRR),
+                    group.mean(outcome.metric),
+                    group.interval(MRR),
+                    group.interval(outcome.metric),
+                    tuple(
+                        (result.figure(MRR), result.figure(outcome.metric))
+                        for result in group.results
+                        if len(group.results) > 1
+                    ),
+                    group.point.get(color, ""),
+                    group.point.get(marker, ""),
+                    names.get(id(group), ""),
+                )
+                for group in groups
+                if not math.isnan(group.mean(outcome.metric))
+            )
+            known = by_metric[outcome.metric]
+            note = (
+                f"rank correlation {known.value:+.2f} ({known.low:+.2f} to {known.high:+.2f})".replace(
+                    "-", "−"
+                )
+                if known.is_known
+                else "too few configurations for a correlation"
+            )
+            panels.append(Panel(outcome.title, note, dots, outcome is GAIN))
+        return spectrum_map(
+            panels, groups[0].mean("mrr/chance"), color, self._values(color), marker, self._values(marker)
+        )
+
+    def _effects(self, shown: Sequence[Outcome]) -> Figure:
+        groups = sound(self.groups)
+        wanted = {MRR: "MRR"} | {each.metric: _SHORT.get(each.title, each.title) for each in shown}
+        order = [effect.axis for effect in effects(groups, MRR)]
+        found = {
+            (effect.axis, words): effect.values
+            for metric, words in wanted.items()
+            for effect in sorted(effects(groups, metric), key=lambda each: order.index(each.axis))
+        }
+        return effect_grid(found, [words for metric, words in wanted.items() if metric != MRR])
+
+    def _heat(self) -> Figure:
+        """The two axes that move MRR most; a third one, where there is one, gives the tables."""
+        groups = sound(self.groups)
+        first, second, *others = [effect.axis for effect in effects(groups, MRR)]
+        third = others[0] if others else ""
+        rows, columns = self._values(first), self._values(second)
+        tables = {}
+        for value in self._values(third) if third else [""]:
+            cells = np.full((len(rows), len(columns)), np.nan)
+            for row, column in np.ndindex(*cells.shape):
+                found = [
+                    group.mean(MRR)
+                    for group in groups
+                    if (group.point[first], group.point[second]) == (rows[row], columns[column])
+                    and (not third or group.point[third] == value)
+                ]
+                cells[row, column] = np.mean(found) if found else np.nan
+            tables[f"{third} {value}".strip()] = cells
+        return heat_maps(tables, rows, columns, (first, second))
+
+    def _values(self, axis: str) -> list[str]:
+        if not axis:
+            return []
+        return in_order(list(dict.fromkeys(result.point.get(axis, "") for result in self.results)))
+
+    # Page
+
+    def _page(self, pictures: dict[str, bytes]) -> str:
+        sections = [
+            Section(name, title, caption, (Picture(pictures[name], caption),))
+            for name, title, caption in self._captions()
+            if name in pictures
+        ]
+        sections += [
+            Section("reading", "What the figures say", " ".join(self.text[2:]), ()),
+            Section("configurations", "Configurations", _TABLE_CAPTION, (), self._configuration_table()),
+            Section("health", "Health of every trial", _HEALTH_CAPTION, (), self._health_table()),
+        ]
+        sections.insert(0, sections.pop(len(sections) - 3))
+        config = json.dumps(self.results[0].config.model_dump(mode="json"), indent=1)
+        return build_page(self.title, " ".join(self.text[:2]), self._facts(), sections, config)
+
+    def _facts(self) -> dict[str, str]:
+        facts = {"question": self.question} if self.question else {}
+        facts["images"] = self.results[0].config.data.path
+        for name, group in named_points(self.groups).items():
+            facts[name] = f"{group.title}: MRR {figure(group.mean(MRR), group.interval(MRR))}"
+            facts[f"{name}, command"] = pretrain_command(group.results[0].config)
+        if self.failures:
+            facts["failed"] = "; ".join(
+                f"{each['title']}: {each['reason']}" for each in self.failures.values()
+            )
+        return facts
+
+    def _captions(self) -> list[tuple[str, str, str]]:
+        words = " ".join(relation_words(each) for each in relations(self.groups))
+        return [
+            ("map", "The map: MRR against what the features are good for", _MAP_CAPTION),
+            ("correlations", "Rank correlations beside the paper's", words),
+            ("effects", "What each axis does", _EFFECTS_CAPTION),
+            ("heat", "MRR over the axes", _HEAT_CAPTION),
+        ]
+
+    def _configuration_table(self) -> tuple[tuple[str, ...], ...]:
+        shown = _measured(self.groups, OUTCOMES)
+        axes = axes_of(self.groups)
+        head = (*axes, "seeds", "MRR (95 %)", *(f"{each.title}, % (95 %)" for each in shown), "MRR by seed")
+        rows = [
+            (
+                *(group.point.get(axis, "") for axis in axes),
+                str(len(group.results)),
+                figure(group.mean(MRR), group.interval(MRR)),
+                *(figure(group.mean(each.metric), group.interval(each.metric), True) for each in shown),
+                ", ".join(figure(value) for value in group.seeds(MRR)),
+            )
+            for group in self.groups
+        ]
+        return (head, *rows)
+
+    def _health_table(self) -> tuple[tuple[str, ...], ...]:
+        rows = [
+            (
+                " ".join(f"{axis}={value}" for axis, value in result.point.items()),
+                result.path.name,
+                result.status,
+                result.health_line,
+            )
+            for result in self.results
+        ]
+        return (("trial", "folder", "status", "health"), *rows)
+
+
+_SHORT = {GAIN.title: "Tuned − random"}
+_MAP_CAPTION = (
+    "Each large mark is a configuration, the mean over its seeds; small ones are the seeds. Whiskers are 95 % intervals "
+    "over test images, not over seeds. The dashed line is the MRR of guessing."
+)
+_EFFECTS_CAPTION = "Small marks are configurations; the line joins the mean of those with each value. The other axes are averaged over."
+_HEAT_CAPTION = "MRR, mean over seeds and over the axes that are not shown."
+_TABLE_CAPTION = "By rising MRR; means over seeds. One row a trial, with all figures, stands in trials.csv and trials.parquet."
+_HEALTH_CAPTION = (
+    "What the monitors said at the end of training. A trial that has collapsed is not on the map."
+)
+
+
+def _measured(groups: Sequence[Configuration], outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [
+        outcome for outcome in outcomes if any(not math.isnan(group.mean(outcome.metric)) for group in groups)
+    ]
+
+
+def _png(drawn: Figure) -> bytes:
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png")
+    return buffer.getvalue()

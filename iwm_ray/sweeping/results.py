@@ -1,0 +1,339 @@
+"""What the runs of a sweep found, read from their directories alone: configurations, relations, effects.
+
+The unit is the configuration: its seeds are repetitions. A figure of a configuration is the mean over its seeds; its
+interval is over test images (the mean of the seeds' intervals), and what the seeds differ by is told apart from it.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_ray import randomness
+from iwm_ray.config import Config
+from iwm_ray.errors import UsageError
+from iwm_ray.recipes import RECIPES
+from iwm_ray.run_directory import read_config
+from iwm_ray.sweeping.record import SweepDirectory
+from iwm_ray.sweeping.space import SEED, Point, words
+
+MRR = "mrr/mrr"
+FEWEST = (
+    5  # configurations of which a rank correlation is told; of four, one order in twelve is perfect by chance
+)
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What MRR is compared with."""
+
+    metric: str
+    """a `*` stands for the name of any finetuning task; several are averaged"""
+    title: str
+    paper: float | None = None
+    """its correlation with MRR over the paper's configurations (IWM, section 5); None: not reported as a number"""
+
+
+LINEAR = Outcome("linear/top1", "Linear probe", -0.85)
+ATTENTIVE = Outcome("attentive/top1", "Attentive probe")
+TUNED = Outcome("finetune/*/top1", "Predictor finetuned", 0.93)
+GAIN = Outcome("finetune/*/difference", "Finetuned predictor − random predictor")
+BOTH = Outcome("finetune/*/both/top1", "End to end")
+KNN = Outcome("knn/top1", "kNN")
+OUTCOMES = (LINEAR, ATTENTIVE, GAIN, TUNED, BOTH, KNN)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trial's run directory, read."""
+
+    path: Path
+    config: Config
+    point: Point
+    status: str
+    """finished, stopped, failed, or begun where there is no summary yet"""
+    health: str
+    health_line: str
+    metrics: Mapping[str, float]
+
+    def figure(self, metric: str) -> float:
+        """A metric; NaN where it was not measured."""
+        if "*" not in metric:
+            return float(self.metrics.get(metric, math.nan))
+        pattern = re.compile(re.escape(metric).replace(r"\*", "[^/]+"))
+        found = [value for name, value in self.metrics.items() if pattern.fullmatch(name)]
+        return float(np.mean(found)) if found else math.nan
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The trials that differ in nothing but the seed."""
+
+    point: Point
+    """without the seed"""
+    results: tuple[Result, ...]
+
+    @property
+    def title(self) -> str:
+        return words(self.point)
+
+    def seeds(self, metric: str) -> list[float]:
+        """The figure of each seed that has it."""
+        found = [result.figure(metric) for result in self.results]
+        return [value for value in found if not math.isnan(value)]
+
+    def mean(self, metric: str) -> float:
+        """Over the seeds; NaN where none has it."""
+        found = self.seeds(metric)
+        return float(np.mean(found)) if found else math.nan
+
+    def interval(self, metric: str) -> tuple[float, float]:
+        """95 % over test images: the mean of the seeds' intervals."""
+        return self.mean(f"{metric}_low"), self.mean(f"{metric}_high")
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A rank correlation of MRR with an outcome, over configurations."""
+
+    outcome: Outcome
+    value: float
+    low: float
+    high: float
+    """95 % of the bootstrap over configurations"""
+    count: int
+    """configurations that have both figures; below FEWEST the rest is NaN"""
+
+    @property
+    def is_known(self) -> bool:
+        return self.count >= FEWEST and not math.isnan(self.value)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.is_known and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an axis does to a metric: the mean over all configurations with each of its values."""
+
+    axis: str
+    metric: str
+    values: dict[str, list[float]]
+    """value of the axis -> figures of its configurations"""
+
+    @property
+    def means(self) -> dict[str, float]:
+        return {name: float(np.mean(found)) for name, found in self.values.items()}
+
+    @property
+    def reach(self) -> float:
+        """Largest mean minus smallest."""
+        return max(self.means.values()) - min(self.means.values()) if len(self.values) > 1 else 0.0
+
+
+def read_results(folder: Path) -> list[Result]:
+    """The runs of a sweep's folder, or of any folder whose subfolders are run directories.
+
+    Raises:
+        UsageError: there are none.
+    """
+    directory = SweepDirectory(folder)
+    paths = directory.runs() or sorted(path.parent for path in folder.glob("*/config.json"))
+    if not paths:
+        raise UsageError(
+            f"--report {folder}: no trials there; give the folder of a sweep, or one of run directories"
+        )
+    configs = {path: read_config(path) for path in paths}
+    known = directory.points()
+    points = {path: known.get(path.name) for path in paths}
+    if any(point is None for point in points.values()):
+        points = dict(zip(paths, _points([configs[path] for path in paths]), strict=True))
+    return [_result(path, configs[path], points[path] or {}) for path in paths]
+
+
+def configurations(results: Sequence[Result]) -> list[Configuration]:
+    """Trials with their repetitions together, by rising MRR; those without one come last."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(words(_without_seed(result.point)), []).append(result)
+    made = [
+        Configuration(_without_seed(group[0].point), tuple(sorted(group, key=lambda each: each.config.seed)))
+        for group in found.values()
+    ]
+    return sorted(made, key=lambda each: (math.isnan(each.mean(MRR)), each.mean(MRR)))
+
+
+def relation(groups: Sequence[Configuration], outcome: Outcome) -> Relation:
+    """Spearman's rank correlation with its bootstrap interval."""
+    pairs = np.array([(group.mean(MRR), group.mean(outcome.metric)) for group in groups]).reshape(-1, 2)
+    pairs = pairs[~np.isnan(pairs).any(1)]
+    count = len(pairs)
+    if count < FEWEST:
+        return Relation(outcome, math.nan, math.nan, math.nan, count)
+    resampled = [
+        spearman(*pairs[(uniform * count).astype(int)].T)
+        for uniform in (
+            randomness.uniforms(0, 0, np.array([number]), "relation", count)[0]
+            for number in range(_RESAMPLES)
+        )
+    ]
+    # A resample that holds one value alone has no order to compare.
+    low, high = np.nanquantile(resampled, (0.025, 0.975))
+    return Relation(outcome, spearman(*pairs.T), float(low), float(high), count)
+
+
+def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Correlation of the ranks, ties at their average rank; NaN where either is constant."""
+    one, other = (_ranks(values) - (len(values) + 1) / 2 for values in (x, y))
+    scale = math.sqrt(float(one @ one) * float(other @ other))
+    return float(one @ other) / scale if scale > 0 else math.nan
+
+
+def effects(groups: Sequence[Configuration], metric: str) -> list[Effect]:
+    """Of every axis with several values; the one that moves the metric most comes first."""
+    measured = [group for group in groups if not math.isnan(group.mean(metric))]
+    found = []
+    for axis in axes_of(groups):
+        values: dict[str, list[float]] = {}
+        for group in measured:
+            values.setdefault(group.point[axis], []).append(group.mean(metric))
+        if len(values) > 1:
+            found.append(Effect(axis, metric, {name: values[name] for name in in_order(list(values))}))
+    return sorted(found, key=lambda effect: -effect.reach)
+
+
+def axes_of(groups: Sequence[Configuration]) -> list[str]:
+    """The axes in which the configurations differ."""
+    names = dict.fromkeys(axis for group in groups for axis in group.point)
+    return [axis for axis in names if len({group.point.get(axis) for group in groups}) > 1]
+
+
+def in_order(values: Sequence[str]) -> list[str]:
+    """Numbers by size, words as they come."""
+    try:
+        return sorted(values, key=float)
+    except ValueError:
+        return list(values)
+
+
+def sound(groups: Sequence[Configuration]) -> list[Configuration]:
+    """Those with an MRR of which no seed has collapsed."""
+    return [
+        group
+        for group in groups
+        if not math.isnan(group.mean(MRR)) and all(result.health != "collapsed" for result in group.results)
+    ]
+
+
+def named_points(groups: Sequence[Configuration]) -> dict[str, Configuration]:
+    """The ends of the map: `invariant` (lowest MRR) and `equivariant` (highest MRR) of the sound configurations."""
+    found = sound(groups)
+    return {"invariant": found[0], "equivariant": found[-1]} if len(found) > 1 else {}
+
+
+_BEST = {"best-linear": LINEAR.metric, "best-attentive": ATTENTIVE.metric, "best-finetuned": TUNED.metric}
+
+
+def dial(groups: Sequence[Configuration], want: str | float) -> tuple[Configuration, str]:
+    """The known configuration that is nearest to a wish.
+
+    Args:
+        groups: what is known.
+        want: an MRR, or one of best-linear, best-attentive, best-finetuned, invariant, equivariant.
+
+    Returns:
+        the configuration, and the metric by which it was chosen.
+
+    Raises:
+        UsageError: nothing of the kind has been measured.
+    """
+    found = sound(groups)
+    if isinstance(want, float):
+        if found:
+            return min(found, key=lambda group: abs(group.mean(MRR) - want)), MRR
+    elif want in _BEST:
+        measured = [group for group in found if not math.isnan(group.mean(_BEST[want]))]
+        if measured:
+            return max(measured, key=lambda group: group.mean(_BEST[want])), _BEST[want]
+    elif want in (named := named_points(groups)):
+        return named[want], MRR
+    raise UsageError(f"--want {want}: no trial has been measured for it; finish the sweep first")
+
+
+def pretrain_command(config: Config) -> str:
+    """The command line that trains a configuration with a recipe of this version."""
+    recipe = RECIPES.get(config.recipe)
+    if recipe is None:
+        return "python -m iwm_ray.pretrain --config config.json"
+    usual, options = recipe().flat(), []
+    for name, value in config.flat().items():
+        if value == usual[name] or name.startswith(("runtime.", "tracking.")):
+            continue
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        options.append(f"--{name.replace('_', '-')} {text}")
+    return " ".join(["python -m iwm_ray.pretrain", config.recipe, *options])
+
+
+def table(results: Sequence[Result]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Axes, and one row a trial: hash, axes, seed, status, health, and every figure of the report with its interval."""
+    axes = list(dict.fromkeys(axis for result in results for axis in result.point if axis != SEED))
+    names = [MRR, "mrr/chance", "mrr/adjusted", "mrr/zero_action", "mrr/shuffled_action"]
+    names += [outcome.metric for outcome in OUTCOMES] + [f"{TUNED.metric}_random_predictor", "rank/rankme"]
+    with_ends = [name + end for name in names for end in ("", "_low", "_high")]
+    measured = [name for name in with_ends if any(not math.isnan(result.figure(name)) for result in results)]
+    rows = [
+        {"trial": result.config.hash()}
+        | {axis: result.point.get(axis, "") for axis in axes}
+        | {"seed": result.config.seed, "status": result.status, "health": result.health}
+        | {name.replace("*/", ""): result.figure(name) for name in measured}
+        for result in results
+    ]
+    return axes, rows
+
+
+def _result(path: Path, config: Config, point: Point) -> Result:
+    summary: dict[str, Any] = {}
+    if (path / "summary.json").exists():
+        summary = json.loads((path / "summary.json").read_text())
+    metrics = {name: value for name, value in summary.get("metrics", {}).items() if value is not None}
+    return Result(
+        path,
+        config,
+        point,
+        summary.get("status", "begun"),
+        summary.get("health", ""),
+        summary.get("health_line", "not finished"),
+        metrics,
+    )
+
+
+def _points(configs: Sequence[Config]) -> list[Point]:
+    """Points by the settings in which the configurations differ."""
+    flats = [config.flat() for config in configs]
+    differing = [
+        name
+        for name in flats[0]
+        if name.split(".")[0] not in ("runtime", "tracking", "recipe")
+        and any(flat[name] != flats[0][name] for flat in flats)
+    ]
+    return [{name: str(flat[name]) for name in differing} for flat in flats]
+
+
+def _without_seed(point: Point) -> Point:
+    return {axis: value for axis, value in point.items() if axis != SEED}
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From 1, ties at their average."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray(((2 * last - counts + 1) / 2)[inverse], np.float64)

@@ -1,0 +1,133 @@
+"""One trial of a sweep, wherever it runs: pretraining, measurements, predictor finetuning with its control.
+
+Each part goes on where an earlier attempt left it, and costs nothing where it is done.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from iwm_ray import summary
+from iwm_ray.build import build
+from iwm_ray.config import Config
+from iwm_ray.errors import RunError, UsageError
+from iwm_ray.evaluate import open_measurement, track
+from iwm_ray.evaluation.settings import EvaluateConfig
+from iwm_ray.finetuning.settings import FinetuneConfig
+from iwm_ray.pretrain import TRACKER_STATUS, forget_mended_samples, tracker_of, trainer_of
+from iwm_ray.run_directory import RunDirectory
+from iwm_ray.sweeping.job import Job
+from iwm_ray.trained import Trained
+
+if TYPE_CHECKING:
+    from iwm_ray.session import Outcome
+
+_LOCK_SECONDS = 60.0  # a driver that was killed takes its trials with it, but not at once
+
+
+def run_trial(job: Job) -> None:
+    """Runs what is left of a trial.
+
+    Raises:
+        UsageError, RunError: it failed; what it has done stays and counts in the next attempt.
+    """
+    run, seconds, config = job.run, {}, job.trial.config
+    begin = time.monotonic()
+    outcome = train(config, run, job.tags)
+    seconds["train"] = time.monotonic() - begin
+    if outcome.status == "failed":
+        raise RunError(outcome.message)
+    if outcome.status == "stopped":
+        return
+    begin = time.monotonic()
+    evaluate(job)
+    seconds["evaluate"] = time.monotonic() - begin
+    if job.sweep.finetune is not None:
+        begin = time.monotonic()
+        finetune_predictor(job, job.sweep.finetune)
+        seconds["finetune"] = time.monotonic() - begin
+    job.directory.note_done(job.sweep, job.trial, {name: round(value, 2) for name, value in seconds.items()})
+
+
+def train(config: Config, run: RunDirectory, tags: dict[str, str]) -> "Outcome":
+    """Pretrains as the command does, without its signals and its words: a stop request in the run directory saves and
+    ends it."""
+    with _locked(run):
+        setup = build(config, run)
+        run.create(config, setup.feed.index.hash)
+        forget_mended_samples(setup)
+        with tracker_of(setup, tags) as tracker:
+            outcome = summary.finished(run)
+            if outcome is None:
+                summary.note_start(run)
+                outcome = trainer_of(setup)()
+            summary.summarise(setup, outcome)
+            for picture in sorted(run.pictures.glob("*.png")):
+                tracker.log_picture(picture)
+            tracker.finish(TRACKER_STATUS[outcome.status])
+    return outcome
+
+
+def evaluate(job: Job) -> None:
+    """Measures every task of the sweep, and adds the figures to the run's."""
+    trained = Trained.open(job.run.path)
+    config = EvaluateConfig(
+        data=trained.config.data,
+        runtime=job.trial.config.runtime,
+        tracking=trained.config.tracking,
+        measure=job.sweep.measure,
+    )
+    measurement = open_measurement(trained, config)
+    quiet = replace(measurement, show=lambda task, subject: _say_nothing)
+    track(trained, config, [quiet.run(task) for task in config.measure.tasks])
+
+
+def finetune_predictor(job: Job, config: FinetuneConfig) -> None:
+    """Tunes the predictor and its control; the figures join the run's."""
+    from iwm_ray.finetune import extract_with, finetune
+    from iwm_ray.finetuning.experiment import Experiment
+
+    trained = Trained.open(job.run.path)
+    config = _on_own_data(config, trained.config)
+    finetune(Experiment.open(trained, config, None, extract_with(trained, config)))
+
+
+def _on_own_data(config: FinetuneConfig, run: Config) -> FinetuneConfig:
+    if config.data.path:
+        return config
+    if not run.data.test_path:
+        raise UsageError("data.test_path is empty; predictor finetuning needs test images of its own")
+    data = {"path": (run.data.path,), "test_path": (run.data.test_path,)}
+    columns = {"image_column": run.data.image_column, "label_column": run.data.label_column}
+    device = "cuda" if run.runtime.use_gpu else "cpu"
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=data | columns),
+            "runtime": config.runtime.model_copy(update={"device": device}),
+        }
+    )
+
+
+@contextmanager
+def _locked(run: RunDirectory) -> Iterator[None]:
+    """The run's lock, waited for: the attempt before may be dying still."""
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        lock = run.lock()
+        try:
+            lock.__enter__()
+            break
+        except UsageError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def _say_nothing(done: int, total: int) -> None:
+    pass

@@ -1,0 +1,54 @@
+"""The invariance-equivariance spectrum: the whole map, and the report of every sweep.
+
+Question: how does what a world model knows of its actions (MRR) go with what its representation is good for, and which
+settings move a model along that line?
+
+Space: conditioning x predictor depth x jitter strength x seeds.
+
+What would count as an answer: MRR from chance to as high as it goes, on at least 12 configurations with 3 seeds; the
+rank correlation of MRR with the linear probe, the attentive probe and the gain of predictor finetuning over its
+control, with intervals (paper, IWM section 5: -0.85 for the linear probe, +0.93 for predictor finetuning).
+
+    python sweeps/spectrum.py                                           photographs, about an hour on 2 cores
+    python sweeps/spectrum.py --size cifar10 --data.path train.parquet --data.test-path test.parquet
+    python sweeps/spectrum.py --size imagenet --data.path s3://... --runtime.num-workers 8 --dry-run
+    python sweeps/spectrum.py --report runs/sweeps/spectrum-cifar10     the report alone
+    python sweeps/spectrum.py --report runs/sweeps/spectrum-cifar10 --want-mrr 0.5
+
+Last result: see docs/log.md.
+"""
+
+from iwm_ray.sweep import main
+from iwm_ray.sweeping.space import Axis, Size, Sweep, base, finetuning
+
+DEPTHS: dict[Size, tuple[int, ...]] = {"laptop": (2, 4), "cifar10": (2, 4), "imagenet": (12, 18)}
+
+
+def define(size: Size) -> Sweep:
+    """The sweep of a size."""
+    start = base(size).views
+    jitter = {name: getattr(start, name) for name in ("brightness", "contrast", "saturation", "hue")}
+    strength = Axis(
+        "strength",
+        {
+            name: {f"views.{part}": round(factor * value, 3) for part, value in jitter.items()}
+            for name, factor in {"half": 0.5, "full": 1.0}.items()
+        },
+    )
+    axes = (
+        Axis.of("predictor.conditioning", "none", "feature", "sequence"),
+        Axis.of("predictor.depth", *DEPTHS[size]),
+        strength,
+        Axis.of("seed", 0, 1, 2),
+    )
+    return Sweep(
+        "spectrum",
+        "How does MRR go with what features are good for?",
+        base(size),
+        axes,
+        finetune=finetuning(size),
+    )
+
+
+if __name__ == "__main__":
+    main(define)

@@ -1,0 +1,78 @@
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from iwm_ray.finetuning.arms import Arm
+from iwm_ray.finetuning.experiment import Experiment
+from iwm_ray.finetuning.model import weights_hash
+from iwm_ray.finetuning.settings import FinetuneConfig
+
+
+@pytest.fixture
+def experiment(trained, config, tmp_path):
+    return Experiment.open(trained, config.model_copy(update={"steps": 2, "seeds": (0,)}), tmp_path / "out")
+
+
+def test_it_runs_without_any_runtime(experiment, model):
+    said = []
+    results = experiment.run(lambda *words: said.append(words))
+    assert [arm.start for arm in results] == ["pretrained", "random"]
+    assert {result.encoder_hash for result in results.values()} == {weights_hash(model.target_encoder)}
+    assert [words[1:4] for words in said] == [(2, 2, 32), (2, 2, 32)]
+    assert all(experiment.finished(arm) == result for arm, result in results.items())
+    assert experiment.run(said.append) == results  # nothing more to say
+
+
+def test_an_arm_whose_adapter_is_missing_is_not_finished(experiment):
+    results = experiment.run(lambda *words: None)
+    ours, control = results
+    shutil.rmtree(experiment.adapter(ours))
+    assert experiment.finished(ours) is None and experiment.finished(control) == results[control]
+    again = experiment.run(lambda *words: None)
+    assert again[ours].correct == results[ours].correct and experiment.finished(ours)
+
+
+def test_the_test_images_choose_nothing(experiment, task):
+    """A choosing arm trains on and is judged on disjoint training images; the final one trains on all of them."""
+    choice = Arm("predictor", "random", ("photos_tiny",), 0, 1e-3, is_choice=True)
+    for cached in (False, True):
+        (train,), (judged,) = experiment._splits(choice, cached)
+        (whole,), (test,) = experiment._splits(replace(choice, is_choice=False), cached)
+        seen, held, all_of_them, tested = (
+            set((rows.plain if cached else rows).samples.tolist()) for rows in (train, judged, whole, test)
+        )
+        assert not seen & held and seen | held == all_of_them == set(task.train.samples.tolist())
+        assert len(held) == 4 and tested == set(task.test.samples.tolist())
+
+
+def test_tokens_carry_the_labels_of_the_task(experiment, task):
+    (_,), (test,) = experiment._splits(Arm("predictor", "random", ("photos_tiny",), 0, 1e-3), cached=True)
+    assert np.array_equal(test.plain.labels, task.test.labels)
+    assert np.array_equal(test.plain.samples, task.test.samples)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [({"steps": 7}, 7), ({"epochs": 3.0}, 6), ({"epochs": 0.1}, 1), ({"batch_size": 1000, "epochs": 5.0}, 5)],
+)
+def test_steps_come_from_epochs(trained, config, tmp_path, changes, steps):
+    found = Experiment.open(trained, config.model_copy(update=changes), tmp_path)  # 40 images
+    assert found.num_steps(("photos_tiny",)) == [steps]
+
+
+def test_tokens_that_would_not_fit_are_made_at_every_step(trained, config, tmp_path):
+    runtime = config.runtime.model_copy(update={"token_gigabytes": 1e-6})
+    found = Experiment.open(trained, config.model_copy(update={"runtime": runtime}), tmp_path)
+    assert not found._keeps_tokens()
+    assert Experiment.open(trained, config, tmp_path)._keeps_tokens()
+
+
+def test_the_folder_is_named_by_what_decides_the_results(trained, config):
+    def name(**changes):
+        return Experiment.open(trained, FinetuneConfig(**(config.model_dump() | changes)), None).folder
+
+    assert name() == name(seeds=(5,)) == name(tune=("both",))
+    assert len({name(), name(head="linear"), name(lr=1e-2, epochs=1)}) == 3
+    assert name().parent == trained.run.path / "finetune"
