@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from iwm_ray import cli
+from iwm_ray.finetune import track
 from iwm_ray.run_directory import RunDirectory, write_json
 from iwm_ray.segmentation.settings import SegmentConfig
 
@@ -91,9 +92,11 @@ def segment(segmentation: "Segmentation") -> None:
         )
         found |= {"status": "finished", "step": segmentation.trained.step, "arms": segmentation.costs()}
         write_json(folder / "summary.json", found)
+        picture = pictured.draw()
+        track(segmentation.trained, folder, found["metrics"], ("summary.json", picture.name))
     print("\n".join(summary.lines(found)))
     print(f"summary      {folder / 'summary.json'}")
-    print(f"picture      {pictured.draw()}")
+    print(f"picture      {picture}")
     for path in sorted((folder / "adapters").glob("*/")):
         print(f"segmenter    {path}")
 

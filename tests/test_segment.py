@@ -119,6 +119,17 @@ def test_a_segmenter_on_another_encoder_is_refused(segmented, clean_run, tmp_pat
         iwm_ray.load(copy, run=clean_run)
 
 
+def test_figures_join_those_of_the_run(clean_run, shapes, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(clean_run, run)
+    small = ["--steps", 2, "--batch-size", 8, "--seeds", 0, "--tune", "encoder", "--head", "linear"]
+    assert segment(run, *data(shapes), *small) == 0
+    (folder,) = (run / "finetune").iterdir()
+    assert folder.name.startswith("segment-")
+    measured = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert measured.items() <= json.loads((run / "summary.json").read_text())["metrics"].items()
+
+
 def test_a_dry_run_creates_nothing(clean_run, shapes, tmp_path, capsys):
     groups = tmp_path / "groups.json"
     groups.write_text(json.dumps({"ground": [0], "shape": [1, 2]}))
