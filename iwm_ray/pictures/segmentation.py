@@ -26,7 +26,7 @@ from iwm_ray.pictures.style import (
 
 _BROWN = "#6B4C3B"
 _FEW = (PALE, ORANGE, _BROWN, BLUE, GREEN, PURPLE, RED, SKY)
-_CELL, _LEGEND_COLUMNS = 1.5, 8  # inches; names in a line
+_CELL, _NAME = 1.5, 1.1  # inches: a picture, and a name in the legend
 
 
 def class_colours(count: int) -> NDArray[np.uint8]:
@@ -69,8 +69,10 @@ def segmentation_sheet(
             if number < len(class_names)
         }
     )
-    lines = -(-len(seen) // _LEGEND_COLUMNS)
-    size = (max(6.5, _CELL * len(columns)), _CELL * len(images) + 0.8 + 0.22 * lines)
+    width = max(6.5, _CELL * len(columns))
+    names_a_line = max(1, min(len(seen), int(width / _NAME)))
+    lines = -(-len(seen) // names_a_line)
+    size = (width, _CELL * len(images) + 0.8 + 0.22 * lines)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=TITLE, color=INK)
     grid = figure.subplots(len(images), len(columns), squeeze=False)
@@ -83,7 +85,7 @@ def segmentation_sheet(
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(_LEGEND_COLUMNS, len(seen)),
+        ncols=names_a_line,
         fontsize=SMALL,
         frameon=False,
     )
