@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from iwm_ray.finetuning.adapter import Classifier
+    from iwm_ray.segmentation.segmenter import Segmenter
 
 __version__ = "0.1.0"
 
 
-def load(path: Path | str, task: str = "", run: Path | str | None = None) -> "Classifier":
-    """A ready classifier: `.predict(images)` and `.class_names`.
+def load(path: Path | str, task: str = "", run: Path | str | None = None) -> "Classifier | Segmenter":
+    """A ready classifier or segmenter: `.predict(images)`, `.image_size` and `.class_names`.
 
     Args:
         path: the folder of an adapter, RUN/finetune/NAME/adapters/ARM.
@@ -20,6 +21,11 @@ def load(path: Path | str, task: str = "", run: Path | str | None = None) -> "Cl
     Raises:
         UsageError: no adapter there, no such task, or the encoder is not the one that it belongs to.
     """
-    from iwm_ray.finetuning import adapter  # torch takes seconds to load
+    # torch takes seconds to load
+    from iwm_ray.finetuning import adapter
+    from iwm_ray.segmentation import segmenter
 
-    return adapter.load(Path(path), task, None if run is None else Path(run))
+    folder, origin = Path(path), None if run is None else Path(run)
+    if (folder / segmenter.FACTS).exists():
+        return segmenter.load(folder, origin)
+    return adapter.load(folder, task, origin)

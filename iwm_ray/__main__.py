@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("pretrain", "evaluate", "visualize", "finetune", "export", "predict", "replay")
+COMMANDS = ("pretrain", "evaluate", "visualize", "finetune", "segment", "export", "predict", "replay")
 
 
 def main() -> None:

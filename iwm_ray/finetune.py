@@ -130,7 +130,7 @@ def finetune(experiment: "Experiment") -> None:
         found |= {"status": "finished", "step": experiment.trained.step}
         write_json(experiment.folder / "summary.json", found)
         _draw(experiment, found)
-        track(experiment, found["metrics"])
+        track(experiment.trained, experiment.folder, found["metrics"], ("summary.json", "efficiency.png"))
     print("\n".join(summary.lines(found)))
     print(f"summary      {experiment.folder / 'summary.json'}")
     print(f"picture      {experiment.folder / 'efficiency.png'}")
@@ -146,15 +146,14 @@ def _draw(experiment: "Experiment", found: dict[str, Any]) -> None:
     figure.savefig(experiment.folder / "efficiency.png")
 
 
-def track(experiment: "Experiment", metrics: Mapping[str, float]) -> None:
-    """Adds the figures to the run's metrics and to its MLflow run, unless --output is elsewhere."""
+def track(trained: "Trained", folder: Path, metrics: Mapping[str, float], files: Sequence[str]) -> None:
+    """Adds the figures to the run's metrics and to its MLflow run, with files of the folder, unless that is elsewhere."""
     from iwm_ray import summary
     from iwm_ray.runtime.tracking import NullTracker, open_tracker
     from iwm_ray.training.metrics_log import MetricsLog
 
-    trained = experiment.trained
     run = RunDirectory(trained.run.path)
-    if not experiment.folder.is_relative_to(run.path):
+    if not folder.is_relative_to(run.path):
         return
     try:
         with run.lock():
@@ -166,8 +165,8 @@ def track(experiment: "Experiment", metrics: Mapping[str, float]) -> None:
                 if has_mlflow
                 else NullTracker() as tracker
             ):
-                for name in ("summary.json", "efficiency.png"):
-                    tracker.log_file(experiment.folder / name, f"finetune/{experiment.folder.name}")
+                for name in files:
+                    tracker.log_file(folder / name, f"finetune/{folder.name}")
                 tracker.finish()
     except UsageError as error:  # the run is still training, and its directory is its own
         print(f"not tracked: {error}", file=sys.stderr)

@@ -22,17 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    import iwm_ray
     from iwm_ray.build import cache_folder
     from iwm_ray.data.decode import DecodeLimits
     from iwm_ray.data.index import Index
-    from iwm_ray.finetuning.adapter import trained_of
+    from iwm_ray.finetuning.adapter import load, trained_of
     from iwm_ray.prediction import PredictConfig, Predictor, write
     from iwm_ray.progress import scanning
 
     options = _parser(PredictConfig).parse(arguments)
     adapter, output = options.adapter.expanduser().absolute(), _checked(options.output)
-    classifier = iwm_ray.load(adapter, options.task)  # what is wrong with it is said before Ray starts
+    classifier = load(adapter, options.task)  # what is wrong with it is said before Ray starts
     trained = trained_of(adapter)
     tree = PredictConfig().model_dump()
     tree["runtime"]["cache"] = trained.config.runtime.cache

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-import iwm_ray
 from iwm_ray.config import DataConfig, RuntimeConfig, _Part
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.read import Reader
+from iwm_ray.finetuning import adapter
 from iwm_ray.runtime.measure import Arrays, Progress, Work, in_order, work_device
 from iwm_ray.training.loop import autocast
 from iwm_ray.views.resize import clean_view
@@ -57,7 +57,7 @@ class Predictor:
     """how many classes of each image, the likeliest first"""
 
     def __call__(self) -> Work:
-        classifier, reader = iwm_ray.load(self.adapter, self.task), Reader(self.index)
+        classifier, reader = adapter.load(self.adapter, self.task), Reader(self.index)
         device = work_device(self.runtime)
         classifier.tuned.to(device)
         size = classifier.image_size

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -229,7 +229,20 @@ def set_drop_path(encoder: Encoder, rate: float) -> None:
         block.drop_path2 = DropPath(share) if share else nn.Identity()
 
 
-def parameter_groups(tuned: Tuned, config: FinetuneConfig, start: Start) -> list[dict[str, Any]]:
+class Rates(Protocol):
+    """What decides the learning rates and weight decays of a network's parts; see FinetuneConfig."""
+
+    @property
+    def pretrained_lr_factor(self) -> float: ...
+
+    @property
+    def layer_decay(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def parameter_groups(tuned: Tuned, config: Rates, start: Start) -> list[dict[str, Any]]:
     """AdamW's groups: each has `scale`, its share of the learning rate, and its weight decay.
 
     What starts at random learns at the full rate, what is pretrained at `pretrained_lr_factor` of it, and the

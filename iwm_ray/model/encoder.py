@@ -82,10 +82,18 @@ def take(tokens: Tensor, idx: Tensor) -> Tensor:
     return tokens.flatten(0, 1).index_select(0, (idx + first).flatten()).unflatten(0, idx.shape)
 
 
-def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """`[n width]` float32: sines and cosines of the row, then of the column, as I-JEPA fixes them."""
+def sincos_positions(grid: tuple[int, int], width: int, spacing: float = 1.0) -> Tensor:
+    """`[n width]` float32: sines and cosines of the row, then of the column, as I-JEPA fixes them.
+
+    Args:
+        grid: rows and columns.
+        width: of the tokens.
+        spacing: from a position to the next; below 1 a larger grid has the extent of a smaller one.
+    """
     frequencies = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    axes = torch.meshgrid(
+        *((torch.arange(size, dtype=torch.float64) + 0.5) * spacing - 0.5 for size in grid), indexing="ij"
+    )
     angles = [axis.flatten()[:, None] * frequencies for axis in axes]
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
 

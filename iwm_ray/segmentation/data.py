@@ -1,0 +1,253 @@
+"""Pairs of image and mask: found by their names, read, cropped and mirrored together."""
+
+import csv
+import io
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from iwm_ray.config import Config
+from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
+from iwm_ray.data.index import Index
+from iwm_ray.data.plan import Plan, permute
+from iwm_ray.data.read import Reader
+from iwm_ray.errors import RunError, UsageError
+from iwm_ray.randomness import uniforms
+from iwm_ray.segmentation.settings import SegmentAugmentConfig, SegmentConfig
+from iwm_ray.views.resize import resize
+
+IGNORED = 255
+"""the class of pixels that are neither trained on nor judged"""
+
+# The classes of the Clothing Co-Parsing data, from 0: null to 58: wedges.
+CCP8: dict[str, tuple[int, ...]] = {
+    "background": (0,),
+    "skin": (41,),
+    "hair": (19,),
+    "top": (4, 5, 6, 8, 10, 11, 13, 22, 23, 24, 26, 38, 46, 48, 49, 51, 54, 55),
+    "bottom": (25, 27, 30, 31, 40, 42, 45, 53),
+    "dress": (14, 35, 50),
+    "shoes": (7, 12, 16, 21, 28, 32, 36, 39, 43, 44, 58),
+    "accessories": (1, 2, 3, 9, 15, 17, 18, 20, 29, 33, 34, 37, 47, 52, 56, 57),
+}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """From the values of masks to classes."""
+
+    names: tuple[str, ...]
+    table: tuple[int, ...]
+    """256 numbers: the class of each value, or IGNORED"""
+
+    @classmethod
+    def of_groups(cls, groups: dict[str, tuple[int, ...]], ignore: int) -> "Classes":
+        """Each group of values is one class."""
+        table = [IGNORED] * 256
+        for number, values in enumerate(groups.values()):
+            for value in values:
+                table[value] = number
+        if ignore >= 0:
+            table[ignore] = IGNORED
+        return cls(tuple(groups), tuple(table))
+
+    @cached_property
+    def lookup(self) -> NDArray[np.uint8]:
+        """`[256]`."""
+        return np.array(self.table, np.uint8)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images with their masks."""
+
+    index: Index
+    masks: Path
+    samples: NDArray[np.int64]
+    """`[k]` sample numbers in the index"""
+    classes: Classes
+    size: int
+    """side of what is read, pixels"""
+    limits: DecodeLimits
+    augment: SegmentAugmentConfig | None = None
+    """None: the whole image"""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(
+        self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Some pairs, cropped and mirrored by draws of that seed and epoch; unreadable images are left out.
+
+        Returns:
+            `[b 3 s s]` uint8 images, `[b s s]` int64 classes (IGNORED: none), and which of the places they are.
+        """
+        images, masks, kept = [], [], []
+        samples = self.samples[places]
+        for i, data in enumerate(self._reader.read_many(samples)):
+            if isinstance(data, Undecodable):
+                continue
+            try:
+                image = decode(data, self.limits)
+            except Undecodable:
+                continue
+            mask = self.classes.lookup[read_mask(self.mask_path(int(samples[i])), image.shape[:2])]
+            draws = uniforms(seed, int(epochs[i]), samples[i : i + 1], "segment", 4)[0]
+            image, mask = cut(image, mask, self.size, self.augment, draws)
+            images.append(image)
+            masks.append(mask)
+            kept.append(i)
+        if not images:
+            raise RunError(
+                f"not one of {len(places)} images in turn could be decoded: {self.index.path(int(samples[0]))}, ..."
+            )
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        return pixels, torch.from_numpy(np.stack(masks)).long(), kept
+
+    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Images and classes of a training step: a function of step and seed."""
+        size = min(batch_size, len(self))
+        plan, counters = Plan(seed, len(self), size), np.arange(step * size, (step + 1) * size)
+        return self.read(plan.samples(counters), plan.locate(counters)[0], seed)[:2]
+
+    def mask_path(self, sample: int) -> Path:
+        """The mask of an image: the same name below the folder of masks, with .png."""
+        return (self.masks / self.index.row_id(sample)).with_suffix(".png")
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return Reader(self.index)
+
+
+def cut(
+    image: NDArray[np.uint8],
+    mask: NDArray[np.uint8],
+    size: int,
+    augment: SegmentAugmentConfig | None,
+    draws: NDArray[np.float64],
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A window of an image with its aspect, resized to a square without aliasing, and of its mask, whose values are
+    never mixed.
+
+    Args:
+        image: `[h w 3]`.
+        mask: `[h w]`.
+        size: side of the results, pixels.
+        augment: None: the whole image.
+        draws: `[4]` in 0..1: area, row, column, flip.
+    """
+    if augment is None:
+        return resize(image, size), _nearest(mask, size)
+    scale = float(augment.crop_area + draws[0] * (1 - augment.crop_area)) ** 0.5
+    height, width = (max(1, round(side * scale)) for side in mask.shape)
+    top = int(draws[1] * (mask.shape[0] - height + 1))
+    left = int(draws[2] * (mask.shape[1] - width + 1))
+    window = np.s_[top : top + height, left : left + width]
+    image, mask = resize(image[window], size), _nearest(mask[window], size)
+    if draws[3] < augment.flip_probability:
+        return np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
+    return image, mask
+
+
+def _nearest(mask: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """`[h w]` -> `[size size]`: the value under each new pixel's centre."""
+    return mask[np.ix_(*(((np.arange(size) + 0.5) * side / size).astype(np.int64) for side in mask.shape))]
+
+
+def read_mask(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """`[h w]` uint8 values of an index PNG.
+
+    Raises:
+        UsageError: not a picture with one value a pixel, or not of the image's shape (rows, columns).
+    """
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as found:
+            if found.mode not in ("L", "P", "1"):
+                raise UsageError(
+                    f"mask {path}: has mode {found.mode}; give an 8-bit PNG whose values are classes"
+                )
+            mask = np.array(found, np.uint8)
+    except (OSError, UnidentifiedImageError) as error:
+        raise UsageError(f"mask {path}: cannot be read ({error}); give an 8-bit PNG") from None
+    if shape is not None and mask.shape != tuple(shape):
+        raise UsageError(
+            f"mask {path}: is {mask.shape}, its image {tuple(shape)}; give masks of the same size"
+        )
+    return mask
+
+
+def open_pairs(config: SegmentConfig, run: Config, size: int, cache: Path) -> tuple[Pairs, Pairs]:
+    """Training and test pairs.
+
+    Raises:
+        UsageError: folders or classes that are not there, images without masks.
+    """
+    data = config.data
+    for name in ("path", "masks", "test_path", "test_masks"):
+        if not getattr(data, name):
+            raise UsageError(f"--data.{name.replace('_', '-')} is missing: give a folder")
+    train = _pairs(run, data.path, "masks", data.masks, data.num_train, size, cache)
+    test = _pairs(run, data.test_path, "test-masks", data.test_masks, data.num_test, size, cache)
+    classes = open_classes(data.classes, data.ignore, train)
+    if len(classes.names) < 2:
+        raise UsageError(
+            f"--data.classes {data.classes!r}: {len(classes.names)} classes; segmentation needs two or more"
+        )
+    return replace(train, classes=classes), replace(test, classes=classes)
+
+
+def _pairs(run: Config, path: str, setting: str, masks: str, count: int, size: int, cache: Path) -> Pairs:
+    index = Index.open(run.data.model_copy(update={"path": path}), path, cache)
+    folder = Path(masks).expanduser().absolute()
+    if not folder.is_dir():
+        raise UsageError(f"--data.{setting} {masks}: no such folder; give the folder of the images' masks")
+    chosen = permute(0, 0, np.arange(len(index)), len(index))[: count or len(index)]
+    nothing = Classes((), ())
+    pairs = Pairs(index, folder, chosen, nothing, size, DecodeLimits.from_config(run.data))
+    missing = [sample for sample in map(int, chosen) if not pairs.mask_path(sample).is_file()]
+    if missing:
+        raise UsageError(
+            f"--data.{setting} {masks}: {len(missing)} of {len(chosen)} images have no mask there, such as "
+            f"{pairs.mask_path(missing[0])}; add them or remove the images"
+        )
+    return pairs
+
+
+def open_classes(words: str, ignore: int, train: Pairs) -> Classes:
+    """The classes that `data.classes` names.
+
+    Raises:
+        UsageError: no such file, or not as the setting's help says.
+    """
+    if words == "ccp8":
+        return Classes.of_groups(CCP8, ignore)
+    if not words:
+        values = {
+            int(value)
+            for sample in train.samples
+            for value in np.unique(read_mask(train.mask_path(int(sample))))
+        }
+        return Classes.of_groups({str(value): (value,) for value in sorted(values - {ignore})}, ignore)
+    groups: dict[str, tuple[int, ...]]
+    try:
+        text = Path(words).expanduser().read_text()
+        if words.endswith(".csv"):
+            groups = {row["name"]: (int(row["index"]),) for row in csv.DictReader(io.StringIO(text))}
+        else:
+            groups = {str(name): tuple(map(int, values)) for name, values in json.loads(text).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"--data.classes {words}: not readable ({error}); give a CSV file with index and name, a JSON file of "
+            "{name: [values]}, or ccp8"
+        ) from None
+    if not all(0 <= value < 256 for values in groups.values() for value in values):
+        raise UsageError(f"--data.classes {words}: values of masks are 0 to 255")
+    return Classes.of_groups(groups, ignore)

@@ -1,0 +1,149 @@
+"""Segmenters: what has been tuned for the classes of pixels, in small files that name the encoder they belong to.
+
+A folder with segmenter.safetensors (predictor, head; the encoder too where it was tuned) and segmenter.json.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from iwm_ray.errors import RunError, UsageError
+from iwm_ray.evaluation.features import measuring, model_device
+from iwm_ray.finetuning.model import Start, Tuned, weights_hash
+from iwm_ray.model.iwm import IWM
+from iwm_ray.run_directory import write_json
+from iwm_ray.segmentation.network import assemble, image_size, logits
+from iwm_ray.segmentation.settings import SegmentConfig
+from iwm_ray.trained import Trained
+
+_FORMAT = 1
+_TENSORS, FACTS = "segmenter.safetensors", "segmenter.json"
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """Classes of the pixels of images."""
+
+    tuned: Tuned
+    class_names: tuple[str, ...]
+    action_dim: int
+    image_size: int
+    """side of the images, pixels"""
+
+    def predict(self, images: Tensor) -> Tensor:
+        """`[b 3 s s]` uint8 RGB, whole images resized to squares -> `[b s s]` int64 classes, on the model's device.
+
+        Raises:
+            UsageError: other sizes or types of images.
+        """
+        side = self.image_size
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise UsageError(
+                f"images {images.dtype} {list(images.shape)}: needs uint8 [b 3 {side} {side}]; resize them"
+            )
+        with measuring(self.tuned):
+            return logits(self.tuned, images.to(model_device(self.tuned)), self.action_dim).argmax(1)
+
+
+def save(
+    folder: Path,
+    tuned: Tuned,
+    trained: Trained,
+    model: IWM,
+    config: SegmentConfig,
+    class_names: tuple[str, ...],
+) -> None:
+    """Writes a segmenter; its JSON comes last, so that a folder with it is whole.
+
+    Args:
+        folder: is made.
+        tuned: the network.
+        trained: the run and checkpoint of its encoder.
+        model: of that checkpoint, before any tuning.
+        config: the segmentation.
+        class_names: of pixels.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _kept(tuned).items()}
+    partial = folder / f".{_TENSORS}.{os.getpid()}"
+    save_file(tensors, partial)
+    partial.replace(folder / _TENSORS)
+    facts = {
+        "format": _FORMAT,
+        "encoder_hash": weights_hash(_encoder(model, config)),
+        "tune": "predictor" if tuned.is_frozen else "encoder" if tuned.predictor is None else "both",
+        "run": os.path.relpath(trained.run.path, folder),
+        "checkpoint": trained.path.name,
+        "config": config.model_dump(mode="json", exclude={"data", "runtime"}),
+        "class_names": list(class_names),
+    }
+    write_json(folder / FACTS, facts)
+
+
+def load(folder: Path, run: Path | None = None) -> Segmenter:
+    """A ready segmenter, on the CPU; see `iwm_ray.load`.
+
+    Raises:
+        UsageError: none there, or its run has another encoder.
+        RunError: its files are damaged.
+    """
+    facts = _read_facts(folder)
+    run = run or Path(os.path.normpath(folder.absolute() / facts["run"]))
+    checkpoint = run / "checkpoints" / facts["checkpoint"]
+    trained = Trained.open(checkpoint if checkpoint.is_dir() else run)
+    model, config = trained.load(), SegmentConfig.model_validate(facts["config"])
+    found = weights_hash(_encoder(model, config))
+    if found != facts["encoder_hash"]:
+        raise UsageError(
+            f"segmenter {folder}: belongs to the encoder {facts['encoder_hash']}, this one is {found}; give its own run"
+        )
+    start: Start = "none" if facts["tune"] == "encoder" else "pretrained"
+    names = tuple(facts["class_names"])
+    tuned = assemble(trained, model, config, facts["tune"], start, len(names), 0)
+    try:
+        tensors = load_file(folder / _TENSORS)
+        missing = set(_kept(tuned)) - set(tensors)
+        tuned.load_state_dict(tuned.state_dict() | tensors)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise RunError(
+            f"segmenter {folder}: {_TENSORS}: {' '.join(str(error).split())}; segment again"
+        ) from None
+    if missing:
+        raise RunError(f"segmenter {folder}: {min(missing)} is missing; segment again")
+    return Segmenter(tuned.eval(), names, trained.policy.action_dim, image_size(trained, config))
+
+
+def _kept(tuned: Tuned) -> dict[str, Tensor]:
+    """What a segmenter holds: not the encoder, where it is the run's."""
+    return {
+        name: tensor
+        for name, tensor in tuned.state_dict().items()
+        if not (tuned.is_frozen and name.startswith("encoder."))
+    }
+
+
+def _encoder(model: IWM, config: SegmentConfig) -> torch.nn.Module:
+    return model.target_encoder if config.encoder == "target" else model.encoder
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+    except OSError:
+        raise UsageError(
+            f"segmenter {folder}: no {FACTS} there; give a folder RUN/finetune/NAME/adapters/ARM"
+        ) from None
+    except ValueError as error:
+        raise RunError(f"segmenter {folder}: {FACTS} is damaged ({error}); segment again") from None
+    if facts.get("format") != _FORMAT:
+        raise UsageError(
+            f"segmenter {folder}: format {facts.get('format')}, this version reads {_FORMAT}; update iwm_ray"
+        )
+    return facts

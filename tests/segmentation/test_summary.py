@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from iwm_ray.finetuning.arms import Family
+from iwm_ray.segmentation.network import count_pixels
+from iwm_ray.segmentation.summary import class_iou, constant_counts, lines, miou, summarise
+
+
+@pytest.fixture
+def pictures():
+    generator = np.random.default_rng(0)
+    return generator.integers(0, 3, (2, 7, 5, 5))
+
+
+def counts(predicted, classes, num_classes=4):
+    return np.stack(
+        [count_pixels(one, other, num_classes) for one, other in zip(predicted, classes, strict=True)]
+    )
+
+
+def test_intersection_over_union_is_that_of_all_pixels_together(pictures):
+    predicted, classes = pictures
+    found = class_iou(counts(predicted, classes), np.ones(7))
+    for number in range(3):
+        ours, theirs = predicted == number, classes == number
+        assert found[number] == pytest.approx((ours & theirs).sum() / (ours | theirs).sum())
+    assert np.isnan(found[3])
+
+
+def test_weights_are_repetitions(pictures):
+    predicted, classes = pictures
+    weights = np.array([2.0, 0, 1, 0, 3, 1, 0])
+    repeated = np.repeat(np.arange(7), weights.astype(int))
+    expected = class_iou(counts(predicted[repeated], classes[repeated]), np.ones(len(repeated)))
+    np.testing.assert_allclose(class_iou(counts(predicted, classes), weights), expected)
+
+
+def test_the_best_constant_answer(pictures):
+    _, classes = pictures
+    present = np.array([True, True, True, False])
+    shares = np.bincount(classes.ravel(), minlength=3) / classes.size
+    found = miou(constant_counts(counts(classes, classes)), np.ones(7), present)
+    assert found == pytest.approx(shares.max() / 3)
+
+
+def test_a_perfect_network_beside_its_control(pictures):
+    predicted, classes = pictures
+    perfect, control = (Family("predictor", start, ("shapes",)) for start in ("pretrained", "random"))
+    found = summarise(
+        {perfect: counts(classes, classes)[None], control: counts(predicted, classes)[None]}, "abcd", "shapes"
+    )
+    metrics = found["metrics"]
+    assert metrics["finetune/shapes/miou"] == metrics["finetune/shapes/miou_low"] == 1
+    below = metrics["finetune/shapes/miou_random_predictor"]
+    assert metrics["finetune/shapes/miou_random_predictor_low"] < below < 0.5
+    assert metrics["finetune/shapes/miou_difference"] == pytest.approx(1 - below)
+    assert [row["class"] for row in found["classes"]] == ["a", "b", "c"] * 2  # no pixel is d
+    assert sum(row["pixels"] for row in found["classes"][:3]) == pytest.approx(1)
+    assert any(line.startswith("shapes/miou  100.00 %") for line in lines(found))

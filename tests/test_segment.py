@@ -1,0 +1,158 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import iwm_ray
+from iwm_ray.errors import RunError, UsageError
+from iwm_ray.segment import main
+from iwm_ray.segmentation.experiment import Segmentation
+from iwm_ray.segmentation.settings import SegmentConfig, SegmentDataConfig
+from iwm_ray.trained import Trained
+
+
+def segment(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Bright discs (class 1) and boxes (class 2) on dark ground; options that name them."""
+    root = tmp_path_factory.mktemp("shapes")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 48), ("val", 16)):
+        for kind in ("images", "masks"):
+            (root / kind / part).mkdir(parents=True)
+        for number in range(count):
+            image, mask = Image.new("RGB", (40, 32), (20, 20, 60)), Image.new("L", (40, 32), 0)
+            for value, name, colour in ((1, "ellipse", (240, 220, 60)), (2, "rectangle", (60, 240, 90))):
+                left, top = (int(place) for place in generator.integers(0, [24, 16]))
+                for picture, fill in ((image, colour), (mask, value)):
+                    getattr(ImageDraw.Draw(picture), name)((left, top, left + 15, top + 15), fill=fill)
+            image.save(root / "images" / part / f"{number:02}.jpg")
+            mask.save(root / "masks" / part / f"{number:02}.png")
+    return root
+
+
+def paths(root):
+    return {
+        "path": str(root / "images/train"),
+        "masks": str(root / "masks/train"),
+        "test_path": str(root / "images/val"),
+        "test_masks": str(root / "masks/val"),
+    }
+
+
+def data(root):
+    return [word for name, path in paths(root).items() for word in (f"--data.{name}", path)]
+
+
+@pytest.fixture(scope="module")
+def segmented(clean_run, shapes, tmp_path_factory):
+    output = tmp_path_factory.mktemp("segmented") / "out"
+    options = ["--steps", 60, "--batch-size", 16, "--seeds", 0, "--lr", "3e-3", "--tune", "predictor", "both"]
+    assert segment(clean_run, *data(shapes), *options, "--output", output) == 0
+    return output, options
+
+
+def test_shapes_are_found_better_than_by_a_constant(segmented):
+    output, _ = segmented
+    found = json.loads((output / "summary.json").read_text())
+    metrics = found["metrics"]
+    (task,) = {name.split("/")[1] for name in metrics}
+    chance = metrics[f"finetune/{task}/miou_chance"]
+    # In so few steps only the control learns the shapes: a pretrained predictor moves at a tenth of its rate.
+    assert metrics[f"finetune/{task}/miou"] > chance
+    assert metrics[f"finetune/{task}/miou_random_predictor"] > chance + 0.1
+    for name in ("miou", "miou_random_predictor", "miou_difference", "both/miou"):
+        low, value, high = (metrics[f"finetune/{task}/{name}{end}"] for end in ("_low", "", "_high"))
+        assert low <= value <= high
+    assert [row["class"] for row in found["classes"][:3]] == ["0", "1", "2"]
+    assert len(found["arms"]) == 4
+    with Image.open(output / "predictions.png") as picture:
+        assert min(picture.size) > 500
+
+
+def test_finished_arms_are_not_run_again_and_a_lost_one_is_the_same(segmented, clean_run, shapes, capsys):
+    output, options = segmented
+    before = (output / "summary.json").read_text()
+    lost = next((output / "arms").glob("predictor-random-*.json"))
+    counts = np.load(lost.with_suffix(".npy"))
+    lost.unlink()
+    lost.with_suffix(".npy").unlink()
+    assert segment(clean_run, *data(shapes), *options, "--output", output) == 0
+    assert capsys.readouterr().out.count("step 60/60") == 1
+    np.testing.assert_array_equal(np.load(lost.with_suffix(".npy")), counts)
+    assert json.loads(before)["metrics"] == json.loads((output / "summary.json").read_text())["metrics"]
+
+
+def test_what_was_tuned_is_a_segmenter(segmented, shapes, clean_run, tmp_path):
+    folders = list((segmented[0] / "adapters").iterdir())
+    assert len(folders) == 2
+    picture = np.load(next((segmented[0] / "pictured").glob("predictor-pretrained.npy")))
+    for folder in folders:
+        found = iwm_ray.load(folder)
+        assert found.class_names == ("0", "1", "2") and found.image_size == 32
+        segmentation = Segmentation.open(
+            Trained.open(clean_run), SegmentConfig(data=SegmentDataConfig(**paths(shapes))), tmp_path / "none"
+        )
+        images = segmentation.test.read(np.arange(6), np.zeros(6, np.int64), 0)[0]
+        agrees = (found.predict(images).numpy() == picture).mean()
+        assert agrees == 1 if folder.name.startswith("predictor") else agrees < 1
+
+
+def test_a_segmenter_on_another_encoder_is_refused(segmented, clean_run, tmp_path):
+    folder = next((segmented[0] / "adapters").iterdir())
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    facts = json.loads((copy / "segmenter.json").read_text())
+    (copy / "segmenter.json").write_text(json.dumps(facts | {"encoder_hash": "0123"}))
+    with pytest.raises(UsageError, match="belongs to the encoder 0123, this one is"):
+        iwm_ray.load(copy, run=clean_run)
+    (copy / "segmenter.json").write_text(json.dumps(facts))
+    (copy / "segmenter.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RunError, match="segment again"):
+        iwm_ray.load(copy, run=clean_run)
+
+
+def test_figures_join_those_of_the_run(clean_run, shapes, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(clean_run, run)
+    small = ["--steps", 2, "--batch-size", 8, "--seeds", 0, "--tune", "encoder", "--head", "linear"]
+    assert segment(run, *data(shapes), *small) == 0
+    (folder,) = (run / "finetune").iterdir()
+    assert folder.name.startswith("segment-")
+    measured = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert measured.items() <= json.loads((run / "summary.json").read_text())["metrics"].items()
+
+
+def test_a_dry_run_creates_nothing(clean_run, shapes, tmp_path, capsys):
+    groups = tmp_path / "groups.json"
+    groups.write_text(json.dumps({"ground": [0], "shape": [1, 2]}))
+    options = [*data(shapes), "--data.classes", groups, "--image-size", 64, "--output", tmp_path / "out"]
+    assert segment(clean_run, *options, "--dry-run") == 0
+    assert "64 pixels, 2 classes" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path, capsys):
+    (tmp_path / "bad.json").write_text("[1]")
+    (tmp_path / "empty").mkdir()
+    good, out = data(shapes), ["--output", tmp_path / "out"]
+    for arguments, words in (
+        (out, ["--data.path is missing"]),
+        ([*good[:4], *out], ["--data.test-path is missing"]),
+        ([*good, "--data.masks", tmp_path / "none", *out], ["no such folder"]),
+        ([*good, "--data.masks", tmp_path / "empty", *out], ["48 of 48 images have no mask"]),
+        ([*good, "--data.classes", tmp_path / "bad.json", *out], ["bad.json", "ccp8"]),
+        ([*good, "--image-size", 33, *out], ["--image-size 33", "patch of 8"]),
+        ([*good, "--head", "unet", *out], ["head 'unet'", "'linear' or 'upernet'"]),
+        ([*good, "--output", segmented[0]], ["choose another --output"]),
+    ):
+        assert segment(clean_run, *arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
