@@ -1,6 +1,6 @@
 """The command behind the documents in sweeps/: plans a sweep, runs what is not done yet, and reports.
 
-    python sweeps/spectrum.py --size cifar10 --data.path train.parquet --data.test-path test.parquet
+python sweeps/spectrum.py --size cifar10 --data.path train.parquet --data.test-path test.parquet
 """
 
 import argparse
@@ -22,6 +22,7 @@ from iwm_ray.run_directory import RunDirectory
 from iwm_ray.sweeping.job import Job
 from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.space import Size, Sweep, Trial, choose
+from iwm_ray.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
     from iwm_ray.runtime.tracking import NullTracker
@@ -55,8 +56,9 @@ def _main(define: Define, arguments: Sequence[str]) -> None:
     if options.dry_run:
         return
     run(plan, options.debug)
-    failed = [found for found in directory.failures().values()]
     _write_report(directory.path, options)
+    _track_report(plan)
+    failed = list(directory.failures().values())
     if failed:
         names = "; ".join(f"{each['title']}: {each['reason']}" for each in failed)
         raise RunError(f"{len(failed)} trials failed, the same command tries them again: {names}")
@@ -81,22 +83,38 @@ def _parser(document: str) -> cli.Parser:
         "--output", type=Path, metavar="DIR", help="folder of the sweep; default runs/sweeps/NAME-SIZE"
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds of every configuration")
-    parser.add_argument("--dry-run", action="store_true", help="print trials, hours and resources; start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print trials, hours and resources; start nothing"
+    )
     parser.add_argument("--smoke", action="store_true", help="one tiny value of each axis")
     parser.add_argument("--no-finetune", action="store_true", help="leave out predictor finetuning")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="only write the report of a sweep's folder, or of runs")
-    parser.add_argument("--want-mrr", type=float, metavar="X", help="name the known configuration nearest to this MRR")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="only write the report of a sweep's folder, or of runs"
+    )
+    parser.add_argument(
+        "--want-mrr", type=float, metavar="X", help="name the known configuration nearest to this MRR"
+    )
     parser.add_argument("--want", choices=WANTED, help="name the known configuration that is best at this")
     group = parser.add_argument_group("search and resources")
-    group.add_argument("--search", choices=("grid", "random", "optuna"), default="grid", help="how points are chosen")
+    group.add_argument(
+        "--search", choices=("grid", "random", "optuna"), default="grid", help="how points are chosen"
+    )
     group.add_argument("--trials", type=int, metavar="N", help="how many points random and optuna choose")
     group.add_argument(
         "--asha", metavar="METRIC", help="stop trials that fall behind in a monitor, such as monitor/knn_top1"
     )
-    group.add_argument("--max-failures", type=int, default=1, metavar="N", help="attempts after the first; default 1")
-    group.add_argument("--at-once", type=int, default=0, metavar="N", help="most trials at once; default as many as fit")
     group.add_argument(
-        "--gpus-per-trial", type=float, default=1.0, metavar="X", help="1, 0.5, 0.25 ...: small trials share a GPU"
+        "--max-failures", type=int, default=1, metavar="N", help="attempts after the first; default 1"
+    )
+    group.add_argument(
+        "--at-once", type=int, default=0, metavar="N", help="most trials at once; default as many as fit"
+    )
+    group.add_argument(
+        "--gpus-per-trial",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="1, 0.5, 0.25 ...: small trials share a GPU",
     )
     cli.add_common_options(parser)
     cli.add_settings(parser, Config)
@@ -161,13 +179,14 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
     from iwm_ray.runtime import tracking, tune
 
     tracking.check_uri(sweep.base)
+    if options.search == "optuna":
+        _check_optuna(options)
+        sweep = sweep.with_seeds([sweep.trials()[0].config.seed])  # a seed is nothing to search for
     trials = sweep.trials()
     if options.search != "grid" and not options.trials:
         raise UsageError(f"--search {options.search}: needs --trials N, how many of the {len(trials)} points")
     if options.search == "random":
         trials = choose(trials, options.trials, sweep.base.seed)
-    if options.search == "optuna":
-        _check_optuna(options)
     left = [
         trial
         for trial in trials
@@ -180,8 +199,21 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         every = trials[0].config.monitor.every_steps or max(1, total_steps // 10)
         mode = "min" if options.asha in _MINIMISED else "max"
         asha = tune.Asha(options.asha, mode, total_steps, max(1, 2 * every))
+    num_samples = 0
+    if options.search == "optuna":
+        num_samples = max(0, min(options.trials - (len(trials) - len(left)), len(left)))
+        left = left if num_samples else []
     return Plan(
-        sweep, directory, trials, left, options.search, options.trials or 0, asha, options.max_failures, room, hours
+        sweep,
+        directory,
+        trials,
+        left,
+        options.search,
+        num_samples,
+        asha,
+        options.max_failures,
+        room,
+        hours,
     )
 
 
@@ -212,7 +244,10 @@ def _expected(trials: Sequence[Trial], directory: SweepDirectory, at_once: int) 
     config = trials[0].config
     if config.runtime.use_gpu:
         gpu_hours = total / 1e15 / 3600
-        return f"{gpu_hours:,.1f} GPU-hours of training at 1000 TFLOP/s; expect 20 to 50 % of a GPU's peak", steps
+        return (
+            f"{gpu_hours:,.1f} GPU-hours of training at 1000 TFLOP/s; expect 20 to 50 % of a GPU's peak",
+            steps,
+        )
     low, high = (total / (gemm_rate() * share * at_once) for share in (0.8, 0.25))
     return f"{duration(low)} to {duration(high)} of training on these CPUs, measuring on top", steps
 
@@ -232,7 +267,9 @@ def plan_lines(plan: Plan) -> list[str]:
         f"  time       {plan.hours}",
     ]
     if plan.asha:
-        lines.append(f"  scheduler  ASHA on {plan.asha.metric} ({plan.asha.mode}), from step {plan.asha.grace_steps}")
+        lines.append(
+            f"  scheduler  ASHA on {plan.asha.metric} ({plan.asha.mode}), from step {plan.asha.grace_steps}"
+        )
     return lines
 
 
@@ -269,7 +306,7 @@ def run(plan: Plan, debug: bool = False) -> None:
             if plan.search == "optuna":
                 from iwm_ray.runtime.optuna_search import TwoGoals
 
-                searcher = TwoGoals(sweep, directory, plan.trials)
+                searcher = TwoGoals(sweep, directory)
             tune.run_trials(
                 jobs,
                 run_trial,
@@ -289,6 +326,21 @@ def _note_stopped(plan: Plan) -> None:
     for trial in plan.left:
         if plan.directory.training(trial.hash) == "stopped":
             plan.directory.note_done(plan.sweep, trial, {}, "stopped")
+
+
+def _track_report(plan: Plan) -> None:
+    """Adds the report, and the few figures that it comes to, to the sweep's MLflow run."""
+    from iwm_ray.sweeping.report import Report
+
+    directory, run_directory = plan.directory, RunDirectory(plan.directory.path)
+    report = Report.open(directory.path)
+    with run_directory.lock():
+        finished = sum(result.status == "finished" for result in report.results)
+        MetricsLog(run_directory.metrics).correct(finished, report.figures())
+        tracker = open_parent(directory, plan.sweep).start()
+        for file in sorted(directory.report.iterdir()):
+            tracker.log_file(file, "report")
+        tracker.finish("FAILED" if directory.failures() else "FINISHED", _TRACKING_SECONDS)
 
 
 @contextmanager

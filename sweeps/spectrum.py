@@ -41,7 +41,13 @@ def define(size: Size) -> Sweep:
         strength,
         Axis.of("seed", 0, 1, 2),
     )
-    return Sweep("spectrum", "How does MRR go with what features are good for?", base(size), axes, finetune=finetuning(size))
+    return Sweep(
+        "spectrum",
+        "How does MRR go with what features are good for?",
+        base(size),
+        axes,
+        finetune=finetuning(size),
+    )
 
 
 if __name__ == "__main__":

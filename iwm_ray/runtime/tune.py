@@ -194,7 +194,9 @@ def run_trials(
         num_samples: how many the searcher chooses.
         say: takes a line for each trial that begins, ends or fails.
     """
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables even when it is told to be quiet
+    os.environ.setdefault(
+        "RAY_AIR_NEW_OUTPUT", "0"
+    )  # the new one prints tables even when it is told to be quiet
     pattern = jobs[0]
     points = [job.trial.point for job in jobs]
     folder = tempfile.mkdtemp(prefix="iwm-tune-")
@@ -279,7 +281,7 @@ class _Trial(tune.Trainable):
     def _end(self) -> None:
         """Asks the training to save and stop, and waits: then nothing of it is left, in this process or on the cluster."""
         while self._thread is not None and self._thread.is_alive():
-            if self._job.run.path.exists():
+            if self._job.run.path.is_dir():
                 self._job.run.stop_request.touch()
             self._thread.join(1.0)
 
@@ -329,14 +331,20 @@ def _result(run: RunDirectory) -> str:
         return "ended"
     found = json.loads(run.summary.read_text())
     shown = {"mrr/mrr": "MRR", "linear/top1": "linear", "attentive/top1": "attentive"}
-    figures = [f"{word} {found['metrics'][name]:.3f}" for name, word in shown.items() if name in found["metrics"]]
-    return f"{found['status']} at step {found['steps']}, {found['health']}" + "".join(f", {each}" for each in figures)
+    figures = [
+        f"{word} {found['metrics'][name]:.3f}" for name, word in shown.items() if name in found["metrics"]
+    ]
+    return f"{found['status']} at step {found['steps']}, {found['health']}" + "".join(
+        f", {each}" for each in figures
+    )
 
 
 def _tags(trial: Trial) -> dict[str, str]:
     """By which MLflow's table is filtered and grouped."""
     group = " ".join(f"{axis}={value}" for axis, value in trial.group.items())
-    return {"mlflow.runName": trial.title, "iwm.group": group} | {f"iwm.axis.{k}": v for k, v in trial.point.items()}
+    return {"mlflow.runName": trial.title, "iwm.group": group} | {
+        f"iwm.axis.{k}": v for k, v in trial.point.items()
+    }
 
 
 def _reason(error: BaseException) -> str:

@@ -34,6 +34,7 @@ from iwm_ray.sweeping.results import (
     Outcome,
     Result,
     axes_of,
+    by_mrr,
     configurations,
     dial,
     effects,
@@ -107,6 +108,21 @@ class Report:
             f"  {pretrain_command(group.results[0].config)}",
         ]
 
+    def figures(self) -> dict[str, float]:
+        """The few numbers of the whole sweep: `sweep/finished`, `sweep/failed`, `spectrum/lowest_mrr`,
+        `spectrum/highest_mrr`, and `spectrum/rank_correlation/<metric>`."""
+        found = {
+            "sweep/finished": float(sum(result.status == "finished" for result in self.results)),
+            "sweep/failed": float(len(self.failures)),
+        }
+        if named := named_points(self.groups):
+            found["spectrum/lowest_mrr"] = named["invariant"].mean(MRR)
+            found["spectrum/highest_mrr"] = named["equivariant"].mean(MRR)
+        for each in relations(self.groups):
+            if each.is_known:
+                found[f"spectrum/rank_correlation/{each.outcome.metric.replace('*/', '')}"] = each.value
+        return found
+
     # Figures
 
     def _figures(self) -> dict[str, Figure]:
@@ -156,7 +172,9 @@ class Report:
             )
             known = by_metric[outcome.metric]
             note = (
-                f"rank correlation {known.value:+.2f} ({known.low:+.2f} to {known.high:+.2f})".replace("-", "−")
+                f"rank correlation {known.value:+.2f} ({known.low:+.2f} to {known.high:+.2f})".replace(
+                    "-", "−"
+                )
                 if known.is_known
                 else "too few configurations for a correlation"
             )
@@ -225,7 +243,9 @@ class Report:
             facts[name] = f"{group.title}: MRR {figure(group.mean(MRR), group.interval(MRR))}"
             facts[f"{name}, command"] = pretrain_command(group.results[0].config)
         if self.failures:
-            facts["failed"] = "; ".join(f"{each['title']}: {each['reason']}" for each in self.failures.values())
+            facts["failed"] = "; ".join(
+                f"{each['title']}: {each['reason']}" for each in self.failures.values()
+            )
         return facts
 
     def _captions(self) -> list[tuple[str, str, str]]:
@@ -249,7 +269,7 @@ class Report:
                 *(figure(group.mean(each.metric), group.interval(each.metric), True) for each in shown),
                 ", ".join(figure(value) for value in group.seeds(MRR)),
             )
-            for group in self.groups
+            for group in by_mrr(self.groups)
         ]
         return (head, *rows)
 
@@ -272,11 +292,15 @@ _MAP_CAPTION = (
     "over test images, not over seeds. The dashed line is the MRR of guessing."
 )
 _EFFECTS_CAPTION = (
-    "Small marks are configurations; the line joins the mean of those with each value. The other axes are averaged over."
+    "Small marks are configurations; the line joins the mean of those with each value, over all other axes."
 )
 _HEAT_CAPTION = "MRR, mean over seeds and over the axes that are not shown."
-_TABLE_CAPTION = "By rising MRR; means over seeds. One row a trial, with all figures, stands in trials.csv and trials.parquet."
-_HEALTH_CAPTION = "What the monitors said at the end of training. A trial that has collapsed is not on the map."
+_TABLE_CAPTION = (
+    "By rising MRR; means over seeds. One row a trial, with all figures: trials.csv, trials.parquet."
+)
+_HEALTH_CAPTION = (
+    "What the monitors said at the end of training. A trial that has collapsed is not on the map."
+)
 
 
 def _measured(groups: Sequence[Configuration], outcomes: Sequence[Outcome]) -> list[Outcome]:

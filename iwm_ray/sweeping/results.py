@@ -24,7 +24,9 @@ from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.space import SEED, Point, words
 
 MRR = "mrr/mrr"
-FEWEST = 5  # configurations of which a rank correlation is told; of four, one order in twelve is perfect by chance
+FEWEST = (
+    5  # configurations of which a rank correlation is told; of four, one order in twelve is perfect by chance
+)
 _RESAMPLES = 2000
 
 
@@ -42,7 +44,7 @@ class Outcome:
 LINEAR = Outcome("linear/top1", "Linear probe", -0.85)
 ATTENTIVE = Outcome("attentive/top1", "Attentive probe")
 TUNED = Outcome("finetune/*/top1", "Predictor finetuned", 0.93)
-GAIN = Outcome("finetune/*/difference", "Finetuned predictor − random predictor")
+GAIN = Outcome("finetune/*/difference", "Predictor, finetuned − random")
 BOTH = Outcome("finetune/*/both/top1", "End to end")
 KNN = Outcome("knn/top1", "kNN")
 OUTCOMES = (LINEAR, ATTENTIVE, GAIN, TUNED, BOTH, KNN)
@@ -147,9 +149,13 @@ def read_results(folder: Path) -> list[Result]:
     directory = SweepDirectory(folder)
     paths = directory.runs() or sorted(path.parent for path in folder.glob("*/config.json"))
     if not paths:
-        raise UsageError(f"--report {folder}: no trials there; give the folder of a sweep, or one of run directories")
+        raise UsageError(
+            f"--report {folder}: no trials there; give the folder of a sweep, or one of run directories"
+        )
     configs = {path: read_config(path) for path in paths}
     known = directory.points()
+    place = {name: number for number, name in enumerate(known)}
+    paths = sorted(paths, key=lambda path: (place.get(path.name, len(place)), path.name))
     points = {path: known.get(path.name) for path in paths}
     if any(point is None for point in points.values()):
         points = dict(zip(paths, _points([configs[path] for path in paths]), strict=True))
@@ -157,15 +163,19 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def configurations(results: Sequence[Result]) -> list[Configuration]:
-    """Trials with their repetitions together, by rising MRR; those without one come last."""
+    """Trials with their repetitions together, in the order of the grid."""
     found: dict[str, list[Result]] = {}
     for result in results:
         found.setdefault(words(_without_seed(result.point)), []).append(result)
-    made = [
+    return [
         Configuration(_without_seed(group[0].point), tuple(sorted(group, key=lambda each: each.config.seed)))
         for group in found.values()
     ]
-    return sorted(made, key=lambda each: (math.isnan(each.mean(MRR)), each.mean(MRR)))
+
+
+def by_mrr(groups: Sequence[Configuration]) -> list[Configuration]:
+    """By rising MRR; those without one come last."""
+    return sorted(groups, key=lambda each: (math.isnan(each.mean(MRR)), each.mean(MRR)))
 
 
 def relation(groups: Sequence[Configuration], outcome: Outcome) -> Relation:
@@ -178,11 +188,13 @@ def relation(groups: Sequence[Configuration], outcome: Outcome) -> Relation:
     resampled = [
         spearman(*pairs[(uniform * count).astype(int)].T)
         for uniform in (
-            randomness.uniforms(0, 0, np.array([number]), "relation", count)[0] for number in range(_RESAMPLES)
+            randomness.uniforms(0, 0, np.array([number]), "relation", count)[0]
+            for number in range(_RESAMPLES)
         )
     ]
     # A resample that holds one value alone has no order to compare.
-    low, high = np.nanquantile(resampled, (0.025, 0.975))
+    ordered = [value for value in resampled if not math.isnan(value)] or [math.nan]
+    low, high = np.quantile(ordered, (0.025, 0.975))
     return Relation(outcome, spearman(*pairs.T), float(low), float(high), count)
 
 
@@ -231,7 +243,7 @@ def sound(groups: Sequence[Configuration]) -> list[Configuration]:
 
 def named_points(groups: Sequence[Configuration]) -> dict[str, Configuration]:
     """The ends of the map: `invariant` (lowest MRR) and `equivariant` (highest MRR) of the sound configurations."""
-    found = sound(groups)
+    found = by_mrr(sound(groups))
     return {"invariant": found[0], "equivariant": found[-1]} if len(found) > 1 else {}
 
 
@@ -332,5 +344,3 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return np.asarray(((2 * last - counts + 1) / 2)[inverse], np.float64)
-
-

@@ -118,7 +118,9 @@ def _strongest_axis(groups: Sequence[Configuration]) -> list[str]:
 def _seeds(groups: Sequence[Configuration]) -> list[str]:
     repeated = [group for group in groups if len(group.seeds(MRR)) > 1]
     if not repeated:
-        return ["With one seed each, what chance does to a configuration is not known: repeat with --seeds 0 1 2."]
+        return [
+            "With one seed each, what chance does to a configuration is not known: repeat with --seeds 0 1 2."
+        ]
     spread = {group.title: max(group.seeds(MRR)) - min(group.seeds(MRR)) for group in repeated}
     widest = max(spread, key=spread.__getitem__)
     return [f"Seeds of one configuration differ by up to {figure(spread[widest])} in MRR ({widest})."]
