@@ -25,7 +25,7 @@ from iwm_ray.training import checkpoint, metrics_log
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 300  # seconds; guards against hanging, measures nothing
-MEASURED = {"images": 8, "views": 8, "train_images": 60, "test_images": 30, "tasks": ("mrr", "knn")}
+MEASURED = {"images": 8, "views": 8, "train_images": 60, "test_images": 30, "tasks": ("mrr",)}
 
 
 def cpu_node(name: str, cpus: float, gpus: float = 0) -> Node:
@@ -90,7 +90,7 @@ def assert_nothing_is_left() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_failing_trial_is_named_and_the_rest_is_done_once(ray_cluster, run_sweep, tmp_path, capsys):
-    """Three commands: one trial can't write and fails twice; it is mended and the grid has grown; all is done."""
+    """Two commands: one trial can't write and fails twice; it is mended, and alone run again."""
     directory = SweepDirectory(tmp_path / "sweep")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     axes = (Axis.of("predictor.conditioning", "none"), Axis.of("seed", 0, 1))
@@ -111,18 +111,17 @@ def test_a_failing_trial_is_named_and_the_rest_is_done_once(ray_cluster, run_swe
     done = next(path.name for path in directory.runs())
 
     blocked.unlink()
-    grown = (axes[0], Axis.of("seed", 0, 1, 2))
-    assert run_sweep(directory.path, grown, (), changes) == 0
+    assert run_sweep(directory.path, axes, (), changes) == 0
     said = capsys.readouterr().out
-    assert "trials     3, 1 of them done" in said
+    assert "trials     2, 1 of them done" in said
     assert directory.failures() == {}
     assert attempts(directory, done) == 1
     assert {directory.training(path.name) for path in directory.runs()} == {"finished"}
-    assert "1 configurations with 3 seeds each; 3 of 3 trials are finished." in said
+    assert "1 configurations with 2 seeds each; 2 of 2 trials are finished." in said
     summary = json.loads(directory.run(done).summary.read_text())
-    assert {"mrr/mrr_low", "knn/top1"} <= set(summary["metrics"])
+    assert "mrr/mrr_low" in summary["metrics"]
     assert_nothing_is_left()
-    _assert_children(uri, 3)
+    _assert_children(uri, 2)
 
 
 def _hash(directory, run_sweep, axes, changes, capsys) -> Path:
@@ -150,7 +149,7 @@ def _assert_children(uri: str, count: int) -> None:
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == count and len(runs) == count + 1
-    assert {child.data.tags["iwm.seed"] for child in children} == {"0", "1", "2"}
+    assert {child.data.tags["iwm.seed"] for child in children} == {"0", "1"}
     assert {child.data.tags["iwm.group"] for child in children} == {"predictor.conditioning=none"}
     assert parent.data.metrics["sweep/finished"] == count
     assert "report/report.html" in [file.path for file in client.list_artifacts(parent.info.run_id, "report")]
@@ -159,17 +158,20 @@ def _assert_children(uri: str, count: int) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_scheduler_frees_what_it_stops(ray_cluster, run_sweep, tmp_path, capsys):
+    """By a metric whose value is known: the momentum, that starts lower in the second trial."""
     directory = SweepDirectory(tmp_path / "sweep")
-    axes = (Axis.of("predictor.depth", 1), Axis.of("seed", 0, 1, 2))
-    changes = {"--schedule.steps": 300, "--monitor.every-steps": 5, "--optimizer.lr": 1e-3}
-    words = ["--asha", "monitor/knn_top1", "--at-once", "2"]
+    axes = (Axis.of("schedule.momentum_start", 0.99, 0.9),)
+    changes = {"--schedule.steps": 300, "--monitor.every-steps": 100, "--monitor.report-every-steps": 20}
+    words = ["--asha", "train/momentum", "--at-once", "1"]
     assert run_sweep(directory.path, axes, words, changes) == 0
-    ended = sorted(directory.training(path.name) for path in directory.runs())
-    assert len(ended) == 3 and "stopped" in ended and "finished" in ended
+    ended = {directory.points()[path.name]["schedule.momentum_start"]: path.name for path in directory.runs()}
+    assert directory.training(ended["0.99"]) == "finished"
+    assert directory.training(ended["0.9"]) == "stopped"
+    assert json.loads(directory.run(ended["0.9"]).summary.read_text())["steps"] < 300
     assert_nothing_is_left()
     capsys.readouterr()
     assert run_sweep(directory.path, axes, words, changes) == 0
-    assert "3 of them done" in capsys.readouterr().out
+    assert "2 of them done" in capsys.readouterr().out
 
 
 DOCUMENT = """
