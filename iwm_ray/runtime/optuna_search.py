@@ -11,9 +11,9 @@ from ray.tune.search import Searcher
 
 from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.results import LINEAR, MRR, Result, read_results
-from iwm_ray.sweeping.space import Point, Sweep
+from iwm_ray.sweeping.space import Point, Sweep, choose
 
-_TRIES = 50
+_TRIES = 10
 
 
 class TwoGoals(Searcher):
@@ -41,14 +41,18 @@ class TwoGoals(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         for _ in range(_TRIES):
-            asked = self._study.ask(self._space)
-            point = {name: str(value) for name, value in asked.params.items()}
-            name = self._sweep.trial(point).hash
+            asked, point, name = self._ask()
             if name not in self._seen:
-                self._asked[trial_id], self._seen[name] = (asked, point), (math.nan, math.nan)
-                return {"point": point}
+                break
             self._tell(asked, self._seen[name])
-        return str(Searcher.FINISHED)
+        else:  # it would only repeat itself
+            new = [trial for trial in self._sweep.trials() if trial.hash not in self._seen]
+            if not new:
+                return str(Searcher.FINISHED)
+            self._study.enqueue_trial(choose(new, 1, len(self._seen))[0].point)
+            asked, point, name = self._ask()
+        self._asked[trial_id], self._seen[name] = (asked, point), (math.nan, math.nan)
+        return {"point": point}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -77,6 +81,12 @@ class TwoGoals(Searcher):
                         params=known[name], distributions=self._space, values=list(goals)
                     )
                 )
+
+    def _ask(self) -> "tuple[optuna.trial.Trial, Point, str]":
+        """A trial of Optuna's, its point, and that point's hash."""
+        asked = self._study.ask(self._space)
+        point = {axis: str(value) for axis, value in asked.params.items()}
+        return asked, point, self._sweep.trial(point).hash
 
     def _tell(self, asked: "optuna.trial.Trial", goals: tuple[float, float]) -> None:
         if math.isnan(sum(goals)):

@@ -174,8 +174,19 @@ def test_a_scheduler_frees_what_it_stops(ray_cluster, run_sweep, tmp_path, capsy
     assert "2 of them done" in capsys.readouterr().out
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_trial_may_be_a_torch_trainer(ray_cluster, clean_run, run_sweep, tmp_path):
+    """With workers and data tasks of its own; the bits are those of the local engine."""
+    directory = SweepDirectory(tmp_path / "sweep")
+    assert run_sweep(directory.path, (Axis.of("seed", 0),), (), {"--runtime.engine": "ray"}) == 0
+    (run,) = directory.runs()
+    ours, clean = (checkpoint.newest_valid(path / "checkpoints") for path in (run, clean_run))
+    assert (ours.path / "model.safetensors").read_bytes() == (clean.path / "model.safetensors").read_bytes()
+    assert_nothing_is_left()
+
+
 DOCUMENT = """
-import sys
 from iwm_ray.cli import parse_pretrain
 from iwm_ray.sweep import main
 from iwm_ray.sweeping.space import QUICK, Axis, Sweep
