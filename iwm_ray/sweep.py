@@ -22,6 +22,7 @@ from iwm_ray.run_directory import RunDirectory
 from iwm_ray.sweeping.job import Job
 from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.space import Size, Sweep, Trial, choose
+from iwm_ray.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
     from iwm_ray.runtime.tracking import NullTracker
@@ -55,8 +56,9 @@ def _main(define: Define, arguments: Sequence[str]) -> None:
     if options.dry_run:
         return
     run(plan, options.debug)
-    failed = [found for found in directory.failures().values()]
     _write_report(directory.path, options)
+    _track_report(plan)
+    failed = list(directory.failures().values())
     if failed:
         names = "; ".join(f"{each['title']}: {each['reason']}" for each in failed)
         raise RunError(f"{len(failed)} trials failed, the same command tries them again: {names}")
@@ -177,13 +179,14 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
     from iwm_ray.runtime import tracking, tune
 
     tracking.check_uri(sweep.base)
+    if options.search == "optuna":
+        _check_optuna(options)
+        sweep = sweep.with_seeds([sweep.trials()[0].config.seed])  # a seed is nothing to search for
     trials = sweep.trials()
     if options.search != "grid" and not options.trials:
         raise UsageError(f"--search {options.search}: needs --trials N, how many of the {len(trials)} points")
     if options.search == "random":
         trials = choose(trials, options.trials, sweep.base.seed)
-    if options.search == "optuna":
-        _check_optuna(options)
     left = [
         trial
         for trial in trials
@@ -196,13 +199,17 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         every = trials[0].config.monitor.every_steps or max(1, total_steps // 10)
         mode = "min" if options.asha in _MINIMISED else "max"
         asha = tune.Asha(options.asha, mode, total_steps, max(1, 2 * every))
+    num_samples = 0
+    if options.search == "optuna":
+        num_samples = max(0, min(options.trials - (len(trials) - len(left)), len(left)))
+        left = left if num_samples else []
     return Plan(
         sweep,
         directory,
         trials,
         left,
         options.search,
-        options.trials or 0,
+        num_samples,
         asha,
         options.max_failures,
         room,
@@ -299,7 +306,7 @@ def run(plan: Plan, debug: bool = False) -> None:
             if plan.search == "optuna":
                 from iwm_ray.runtime.optuna_search import TwoGoals
 
-                searcher = TwoGoals(sweep, directory, plan.trials)
+                searcher = TwoGoals(sweep, directory)
             tune.run_trials(
                 jobs,
                 run_trial,
@@ -319,6 +326,21 @@ def _note_stopped(plan: Plan) -> None:
     for trial in plan.left:
         if plan.directory.training(trial.hash) == "stopped":
             plan.directory.note_done(plan.sweep, trial, {}, "stopped")
+
+
+def _track_report(plan: Plan) -> None:
+    """Adds the report, and the few figures that it comes to, to the sweep's MLflow run."""
+    from iwm_ray.sweeping.report import Report
+
+    directory, run_directory = plan.directory, RunDirectory(plan.directory.path)
+    report = Report.open(directory.path)
+    with run_directory.lock():
+        finished = sum(result.status == "finished" for result in report.results)
+        MetricsLog(run_directory.metrics).correct(finished, report.figures())
+        tracker = open_parent(directory, plan.sweep).start()
+        for file in sorted(directory.report.iterdir()):
+            tracker.log_file(file, "report")
+        tracker.finish("FAILED" if directory.failures() else "FINISHED", _TRACKING_SECONDS)
 
 
 @contextmanager

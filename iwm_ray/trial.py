@@ -24,7 +24,7 @@ from iwm_ray.trained import Trained
 if TYPE_CHECKING:
     from iwm_ray.session import Outcome
 
-_LOCK_SECONDS = 60.0  # a driver that was killed takes its trials with it, but not at once
+_LOCK_SECONDS = 30.0  # a driver that was killed takes its trials with it, but not at once
 
 
 def run_trial(job: Job) -> None:
@@ -120,7 +120,7 @@ def _locked(run: RunDirectory) -> Iterator[None]:
             lock.__enter__()
             break
         except UsageError:
-            if time.monotonic() > until:
+            if not run.path.is_dir() or time.monotonic() > until:
                 raise
             time.sleep(0.5)
     try:

@@ -95,9 +95,9 @@ def spectrum_map(
     """
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
-    width, height = max(6.4, 3.9 * columns), 3.6 * rows + 1.0
+    width, height = max(6.4, 3.9 * columns), 3.6 * rows + 1.1
     figure = Figure(figsize=(width, height), dpi=DPI)
-    left, right, top, bottom = 0.75, 0.25, 0.62, 1.15
+    left, right, top, bottom = 0.75, 0.25, 0.62, 1.3
     grid = figure.add_gridspec(
         rows, columns, left=left / width, right=1 - right / width, top=1 - top / height, bottom=bottom / height,
         wspace=0.28, hspace=0.42,
@@ -109,32 +109,39 @@ def spectrum_map(
         _draw_panel(axes, panel, chance, color_of, marker_of)
         if number >= len(panels) - columns:
             axes.set_xlabel("MRR", fontsize=TEXT, color=INK)
-    handles = [
-        *_legend(
-            color_axis, [Line2D([], [], color=c, marker="o", ls="", label=n) for n, c in color_of.items()]
-        ),
-        *_legend(
-            marker_axis, [Line2D([], [], color=INK, marker=m, ls="", label=n) for n, m in marker_of.items()]
-        ),
+    _legends(figure, chance, (color_axis, color_of), (marker_axis, marker_of))
+    return figure
+
+
+def _legends(
+    figure: Figure,
+    chance: float,
+    colors: tuple[str, Mapping[str, str]],
+    markers: tuple[str, Mapping[str, str]],
+) -> None:
+    """Three keys in a row at the foot: what colours, shapes and lines mean."""
+    lines = [
         Line2D([], [], color=GREY, marker="o", ls="", ms=3, alpha=0.6, label="one seed"),
         Line2D([], [], color=GREY, lw=1.2, label="95 % over images"),
     ]
     if np.isfinite(chance):
-        handles.append(Line2D([], [], color=GREY, lw=1.2, ls="--", label="MRR by chance"))
-    columns_of_legend = min(len(handles), max(3, int(width / 1.7)))
-    figure.legend(
-        handles=handles,
-        loc="lower center",
-        ncol=columns_of_legend,
-        fontsize=SMALL,
-        frameon=False,
-        labelcolor=INK,
-    )
-    return figure
-
-
-def _legend(axis: str, handles: list[Line2D]) -> list[Line2D]:
-    return [Line2D([], [], ls="", label=f"{axis}:"), *handles] if axis else []
+        lines.append(Line2D([], [], color=GREY, lw=1.2, ls="--", label="MRR by chance"))
+    keys = {
+        colors[0]: [
+            Line2D([], [], color=color, marker="o", ls="", label=name) for name, color in colors[1].items()
+        ],
+        markers[0]: [
+            Line2D([], [], color=INK, marker=mark, ls="", label=name) for name, mark in markers[1].items()
+        ],
+        "marks": lines,
+    }
+    shown = {title: handles for title, handles in keys.items() if title and handles}
+    for number, (title, handles) in enumerate(shown.items()):
+        figure.legend(
+            handles=handles, title=title, loc="lower center", bbox_to_anchor=((number + 0.5) / len(shown), 0.0),
+            ncol=2 if len(handles) > 2 else 1, fontsize=SMALL, title_fontsize=SMALL, frameon=False, labelcolor=INK,
+            columnspacing=1.2,
+        )  # fmt: skip
 
 
 def _draw_panel(
@@ -156,6 +163,7 @@ def _draw_panel(
         if dot.name:
             axes.annotate(
                 dot.name, (dot.x, 100 * dot.y), xytext=(5, 9), textcoords="offset points", fontsize=SMALL, color=INK,
+                bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}, zorder=5,
                 ha="left" if dot.name == "invariant" else "right",
             )  # fmt: skip
     axes.set_title(panel.title, fontsize=HEADING, fontweight="bold", color=INK, loc="left", pad=17)
@@ -237,7 +245,7 @@ def heat_maps(
     count = len(tables)
     cell_width, cell_height = 1.0, 0.55
     width = 1.6 + count * (cell_width * len(columns) + 0.35) + 1.0
-    height = 1.35 + cell_height * len(rows)
+    height = 1.1 + cell_height * len(rows)
     figure = Figure(figsize=(max(width, 4.5), height), dpi=DPI)
     width = figure.get_figwidth()
     top = max((float(np.nanmax(table)) for table in tables.values() if np.isfinite(table).any()), default=1.0)
@@ -246,8 +254,8 @@ def heat_maps(
         count,
         left=1.35 / width,
         right=1 - 1.15 / width,
-        top=1 - 0.45 / height,
-        bottom=0.75 / height,
+        top=1 - 0.4 / height,
+        bottom=0.6 / height,
         wspace=0.12,
     )
     image = None
@@ -272,7 +280,7 @@ def heat_maps(
         for spine in axes.spines.values():
             spine.set_visible(False)
     if image is not None:
-        side = figure.add_axes((1 - 0.95 / width, 0.75 / height, 0.16 / width, 1 - 1.2 / height))
+        side = figure.add_axes((1 - 0.95 / width, 0.6 / height, 0.16 / width, 1 - 1.0 / height))
         bar = figure.colorbar(image, cax=side)
         bar.set_label("MRR", fontsize=TEXT, color=INK)
         bar.ax.tick_params(labelsize=SMALL, colors=INK)

@@ -197,6 +197,9 @@ def run_trials(
     os.environ.setdefault(
         "RAY_AIR_NEW_OUTPUT", "0"
     )  # the new one prints tables even when it is told to be quiet
+    os.environ.setdefault(
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING", "1"
+    )  # a finished trial may end without its metric
     pattern = jobs[0]
     points = [job.trial.point for job in jobs]
     folder = tempfile.mkdtemp(prefix="iwm-tune-")
@@ -252,14 +255,14 @@ class _Trial(tune.Trainable):
         if self._failed:
             self._job.directory.note_failure(self._job.trial, _reason(self._failed[0]))
             raise self._failed[0]
-        return {"done": True}
+        return self._last | {"done": True}
 
     def _begin(self, config: dict[str, Any]) -> None:
         trial = self._pattern.sweep.trial(dict(config["point"]))
         tags = self._pattern.tags | _tags(trial)
         self._job = replace(self._pattern, trial=trial, tags=tags)
         self._failed: list[BaseException] = []
-        self._reported = -1
+        self._last: dict[str, Any] = {"step": -1}
         self._thread = threading.Thread(target=self._run, name=f"trial-{trial.hash}", daemon=True)
         self._thread.start()
 
@@ -273,15 +276,15 @@ class _Trial(tune.Trainable):
         if not self._metric:
             return None
         for row in metrics_log.read(self._job.run.metrics):
-            if row["step"] > self._reported and row.get(self._metric) is not None:
-                self._reported = row["step"]
-                return {"step": row["step"], self._metric: float(row[self._metric])}
+            if row["step"] > self._last["step"] and row.get(self._metric) is not None:
+                self._last = {"step": row["step"], self._metric: float(row[self._metric])}
+                return self._last
         return None
 
     def _end(self) -> None:
         """Asks the training to save and stop, and waits: then nothing of it is left, in this process or on the cluster."""
         while self._thread is not None and self._thread.is_alive():
-            if self._job.run.path.exists():
+            if self._job.run.path.is_dir():
                 self._job.run.stop_request.touch()
             self._thread.join(1.0)
 
@@ -328,7 +331,7 @@ class _Lines(Callback):
 def _result(run: RunDirectory) -> str:
     """The figures of a trial that has ended, in words."""
     if not run.summary.exists():
-        return "ended"
+        return "stopped by the scheduler"
     found = json.loads(run.summary.read_text())
     shown = {"mrr/mrr": "MRR", "linear/top1": "linear", "attentive/top1": "attentive"}
     figures = [

@@ -34,6 +34,7 @@ from iwm_ray.sweeping.results import (
     Outcome,
     Result,
     axes_of,
+    by_mrr,
     configurations,
     dial,
     effects,
@@ -106,6 +107,21 @@ class Report:
             f"  {metric} {value}, 95 % over images; by seed {seeds}",
             f"  {pretrain_command(group.results[0].config)}",
         ]
+
+    def figures(self) -> dict[str, float]:
+        """The few numbers of the whole sweep: `sweep/finished`, `sweep/failed`, `spectrum/lowest_mrr`,
+        `spectrum/highest_mrr`, and `spectrum/rank_correlation/<metric>`."""
+        found = {
+            "sweep/finished": float(sum(result.status == "finished" for result in self.results)),
+            "sweep/failed": float(len(self.failures)),
+        }
+        if named := named_points(self.groups):
+            found["spectrum/lowest_mrr"] = named["invariant"].mean(MRR)
+            found["spectrum/highest_mrr"] = named["equivariant"].mean(MRR)
+        for each in relations(self.groups):
+            if each.is_known:
+                found[f"spectrum/rank_correlation/{each.outcome.metric.replace('*/', '')}"] = each.value
+        return found
 
     # Figures
 
@@ -253,7 +269,7 @@ class Report:
                 *(figure(group.mean(each.metric), group.interval(each.metric), True) for each in shown),
                 ", ".join(figure(value) for value in group.seeds(MRR)),
             )
-            for group in self.groups
+            for group in by_mrr(self.groups)
         ]
         return (head, *rows)
 
@@ -275,9 +291,13 @@ _MAP_CAPTION = (
     "Each large mark is a configuration, the mean over its seeds; small ones are the seeds. Whiskers are 95 % intervals "
     "over test images, not over seeds. The dashed line is the MRR of guessing."
 )
-_EFFECTS_CAPTION = "Small marks are configurations; the line joins the mean of those with each value. The other axes are averaged over."
+_EFFECTS_CAPTION = (
+    "Small marks are configurations; the line joins the mean of those with each value, over all other axes."
+)
 _HEAT_CAPTION = "MRR, mean over seeds and over the axes that are not shown."
-_TABLE_CAPTION = "By rising MRR; means over seeds. One row a trial, with all figures, stands in trials.csv and trials.parquet."
+_TABLE_CAPTION = (
+    "By rising MRR; means over seeds. One row a trial, with all figures: trials.csv, trials.parquet."
+)
 _HEALTH_CAPTION = (
     "What the monitors said at the end of training. A trial that has collapsed is not on the map."
 )

@@ -44,7 +44,7 @@ class Outcome:
 LINEAR = Outcome("linear/top1", "Linear probe", -0.85)
 ATTENTIVE = Outcome("attentive/top1", "Attentive probe")
 TUNED = Outcome("finetune/*/top1", "Predictor finetuned", 0.93)
-GAIN = Outcome("finetune/*/difference", "Finetuned predictor − random predictor")
+GAIN = Outcome("finetune/*/difference", "Predictor, finetuned − random")
 BOTH = Outcome("finetune/*/both/top1", "End to end")
 KNN = Outcome("knn/top1", "kNN")
 OUTCOMES = (LINEAR, ATTENTIVE, GAIN, TUNED, BOTH, KNN)
@@ -154,6 +154,8 @@ def read_results(folder: Path) -> list[Result]:
         )
     configs = {path: read_config(path) for path in paths}
     known = directory.points()
+    place = {name: number for number, name in enumerate(known)}
+    paths = sorted(paths, key=lambda path: (place.get(path.name, len(place)), path.name))
     points = {path: known.get(path.name) for path in paths}
     if any(point is None for point in points.values()):
         points = dict(zip(paths, _points([configs[path] for path in paths]), strict=True))
@@ -161,15 +163,19 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def configurations(results: Sequence[Result]) -> list[Configuration]:
-    """Trials with their repetitions together, by rising MRR; those without one come last."""
+    """Trials with their repetitions together, in the order of the grid."""
     found: dict[str, list[Result]] = {}
     for result in results:
         found.setdefault(words(_without_seed(result.point)), []).append(result)
-    made = [
+    return [
         Configuration(_without_seed(group[0].point), tuple(sorted(group, key=lambda each: each.config.seed)))
         for group in found.values()
     ]
-    return sorted(made, key=lambda each: (math.isnan(each.mean(MRR)), each.mean(MRR)))
+
+
+def by_mrr(groups: Sequence[Configuration]) -> list[Configuration]:
+    """By rising MRR; those without one come last."""
+    return sorted(groups, key=lambda each: (math.isnan(each.mean(MRR)), each.mean(MRR)))
 
 
 def relation(groups: Sequence[Configuration], outcome: Outcome) -> Relation:
@@ -187,7 +193,8 @@ def relation(groups: Sequence[Configuration], outcome: Outcome) -> Relation:
         )
     ]
     # A resample that holds one value alone has no order to compare.
-    low, high = np.nanquantile(resampled, (0.025, 0.975))
+    ordered = [value for value in resampled if not math.isnan(value)] or [math.nan]
+    low, high = np.quantile(ordered, (0.025, 0.975))
     return Relation(outcome, spearman(*pairs.T), float(low), float(high), count)
 
 
@@ -236,7 +243,7 @@ def sound(groups: Sequence[Configuration]) -> list[Configuration]:
 
 def named_points(groups: Sequence[Configuration]) -> dict[str, Configuration]:
     """The ends of the map: `invariant` (lowest MRR) and `equivariant` (highest MRR) of the sound configurations."""
-    found = sound(groups)
+    found = by_mrr(sound(groups))
     return {"invariant": found[0], "equivariant": found[-1]} if len(found) > 1 else {}
 
 

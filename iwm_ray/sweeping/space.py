@@ -6,7 +6,7 @@ that has grown only adds trials.
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, Self
 
@@ -26,6 +26,11 @@ SIZES: dict[Size, str] = {
 """size -> recipe that a sweep of this size varies"""
 
 SEED = "seed"
+QUICK = MeasureConfig(
+    tasks=("mrr", "rank", "linear", "attentive"), images=256, targets=8, components=False, inverse=False
+)
+"""what a trial is measured by unless its sweep says otherwise"""
+
 Point = dict[str, str]
 """axis -> name of its value: what a person calls a trial"""
 
@@ -80,7 +85,7 @@ class Sweep:
     question: str
     base: Config
     axes: tuple[Axis, ...]
-    measure: MeasureConfig = field(default_factory=lambda: QUICK)
+    measure: MeasureConfig = QUICK
     finetune: FinetuneConfig | None = None
     """predictor finetuning with its control, on the trial's own data where `data.path` is empty; None: no finetuning"""
 
@@ -191,11 +196,6 @@ def _put(tree: dict[str, Any], setting: str, value: Any) -> None:
         tree = tree[section]
     tree[name] = value
 
-
-QUICK = MeasureConfig(
-    tasks=("mrr", "rank", "linear", "attentive"), images=256, targets=8, components=False, inverse=False
-)
-"""what a trial is measured by unless its sweep says otherwise"""
 
 _SMOKE = {
     "encoder.width": 64,

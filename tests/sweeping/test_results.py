@@ -1,0 +1,203 @@
+"""What a sweep says, against figures that were worked out by hand and by a library."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+from iwm_ray.errors import UsageError
+from iwm_ray.run_directory import write_json
+from iwm_ray.sweeping import words
+from iwm_ray.sweeping.record import SweepDirectory
+from iwm_ray.sweeping.report import Report
+from iwm_ray.sweeping.results import (
+    GAIN,
+    LINEAR,
+    MRR,
+    configurations,
+    dial,
+    effects,
+    named_points,
+    read_results,
+    relation,
+    spearman,
+)
+from iwm_ray.sweeping.space import Axis, Sweep, base
+
+SWEEP = Sweep(
+    "test",
+    "Does it work?",
+    base("laptop"),
+    (
+        Axis.of("predictor.conditioning", "none", "feature"),
+        Axis.of("predictor.depth", 2, 4, 8),
+        Axis.of("seed", 0, 1),
+    ),
+)
+# MRR and linear probe by conditioning and depth, mean of two seeds that differ by 0.02.
+MEANS = {
+    ("none", "2"): (0.02, 0.60),
+    ("none", "4"): (0.03, 0.58),
+    ("none", "8"): (0.04, 0.59),
+    ("feature", "2"): (0.30, 0.50),
+    ("feature", "4"): (0.50, 0.45),
+    ("feature", "8"): (0.70, 0.40),
+}
+
+
+def metrics(trial) -> dict[str, float]:
+    mrr, linear = MEANS[trial.point["predictor.conditioning"], trial.point["predictor.depth"]]
+    mrr += 0.01 if trial.point["seed"] == "1" else -0.01
+    found = {"mrr/chance": 0.0239}
+    for name, value, half in (
+        ("mrr/mrr", mrr, 0.005),
+        ("linear/top1", linear, 0.02),
+        ("finetune/a/difference", mrr / 10, 0.01),
+        ("finetune/b/difference", mrr / 5, 0.01),
+    ):
+        found |= {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A finished sweep, written as its trials write it."""
+    directory = SweepDirectory(tmp_path / "sweep")
+    directory.path.mkdir()
+    directory.plan(SWEEP, SWEEP.trials())
+    for trial in SWEEP.trials():
+        run = directory.run(trial.hash)
+        run.path.mkdir(parents=True)
+        write_json(run.config, trial.config.model_dump(mode="json"))
+        summary = {"status": "finished", "health": "ok", "health_line": "ok: all is well"}
+        write_json(run.summary, summary | {"metrics": metrics(trial)})
+    return directory.path
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=12))
+@settings(max_examples=50, deadline=None)
+def test_spearman_is_the_librarys(pairs):
+    x, y = np.array(pairs, float).T
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        assert math.isnan(spearman(x, y))
+    else:
+        assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+
+
+def test_figures_are_those_worked_out_by_hand(folder):
+    groups = configurations(read_results(folder))
+    assert [len(group.results) for group in groups] == [2] * 6
+    third = groups[3]
+    assert third.point == {"predictor.conditioning": "feature", "predictor.depth": "2"}
+    assert third.seeds(MRR) == pytest.approx([0.29, 0.31])
+    assert third.mean(MRR) == pytest.approx(0.30)
+    assert third.interval(MRR) == pytest.approx((0.295, 0.305))
+    assert third.mean(GAIN.metric) == pytest.approx(0.15 * 0.30)
+    # Ranks of the linear probe by rising MRR are 6 4 5 3 2 1: sum of squared differences 25 + 4 + 4 + 1 + 9 + 25.
+    assert relation(groups, LINEAR).value == pytest.approx(1 - 6 * 68 / (6 * 35))
+    assert relation(groups, GAIN).value == pytest.approx(1)
+    first, second = effects(groups, MRR)
+    assert (first.axis, second.axis) == ("predictor.conditioning", "predictor.depth")
+    assert first.means == pytest.approx({"none": 0.03, "feature": 0.5})
+    assert second.means == pytest.approx({"2": 0.16, "4": 0.265, "8": 0.37})
+    ends = named_points(groups)
+    assert (ends["invariant"].mean(MRR), ends["equivariant"].mean(MRR)) == pytest.approx((0.02, 0.70))
+
+
+def test_a_bootstrap_interval_holds_the_value_and_widens_with_noise(folder):
+    groups = configurations(read_results(folder))
+    found = relation(groups, LINEAR)
+    assert -1 <= found.low <= found.value <= found.high <= 1
+    assert found.low < found.high
+    assert found.is_clear == (found.high < 0)
+
+
+def test_the_dial_names_the_nearest(folder):
+    groups = configurations(read_results(folder))
+    assert dial(groups, 0.42)[0].point["predictor.depth"] == "4"
+    assert dial(groups, "best-linear")[0].point == {"predictor.conditioning": "none", "predictor.depth": "2"}
+    with pytest.raises(UsageError, match="no trial has been measured"):
+        dial(groups, "best-attentive")
+    lines = Report.open(folder).wanted(0.42)
+    assert "0.500 (0.495 to 0.505)" in lines[1]
+    assert "--predictor.depth" not in lines[2]  # the recipe's own
+    assert lines[2].startswith("  python -m iwm_ray.pretrain photos_tiny")
+
+
+def test_few_configurations_make_no_claim(folder):
+    results = read_results(folder)[:6]
+    text = " ".join(words.reading(results, configurations(results)))
+    assert "needs 5 configurations and has 3" in text
+    assert "rises" not in text and "falls" not in text
+
+
+def test_words_follow_the_figures(folder):
+    report = Report.open(folder)
+    text = " ".join(report.text)
+    assert "12 of 12 trials are finished" in text
+    assert "MRR goes from 0.020" in text and "to 0.700" in text
+    assert (
+        "predictor.conditioning moves MRR most: from 0.030 on average with none to 0.500 with feature" in text
+    )
+    assert "As MRR rises, predictor, finetuned − random rises: rank correlation +1.00" in text
+    assert "differ by up to 0.020" in text
+
+
+def test_a_model_at_chance_is_no_spectrum(folder):
+    for run in (folder / "trials").iterdir():
+        found = json.loads((run / "summary.json").read_text())
+        found["metrics"] |= {"mrr/mrr": 0.0239, "mrr/mrr_low": 0.02, "mrr/mrr_high": 0.03}
+        write_json(run / "summary.json", found)
+    text = " ".join(Report.open(folder).text)
+    assert "No configuration is above chance" in text
+    assert "cannot be told: all have the same figure" in text
+
+
+def test_collapsed_and_unfinished_trials_are_named_but_not_on_the_map(folder):
+    trials = SWEEP.trials()
+    directory = SweepDirectory(folder)
+    summary = directory.run(trials[-1].hash).summary
+    found = json.loads(summary.read_text()) | {"health": "collapsed", "health_line": "collapsed: RankMe 1.0"}
+    write_json(summary, found)
+    directory.run(trials[0].hash).summary.unlink()
+    directory.note_failure(trials[0], "RunError: no space left")
+    report = Report.open(folder)
+    assert "11 of 12 trials are finished. 1 have collapsed" in report.text[0]
+    assert named_points(report.groups)["equivariant"].mean(MRR) == pytest.approx(0.5)
+    page = report.write().read_text()
+    assert "collapsed: RankMe 1.0" in page
+    assert "RunError: no space left" in page and trials[0].title in page
+
+
+def test_the_report_is_complete_and_offline(folder):
+    page = Report.open(folder).write()
+    text = page.read_text()
+    assert "http://" not in text and "https://" not in text and "<script" not in text
+    for name in ("map", "effects", "heat", "correlations"):
+        assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert text.count("data:image/png;base64,") == 4
+    rows = pyarrow.parquet.read_table(page.parent / "trials.parquet")
+    assert rows.num_rows == 12
+    assert pyarrow.csv.read_csv(page.parent / "trials.csv").column_names == rows.column_names
+    assert rows["mrr/mrr"].to_pylist() == pytest.approx(
+        [metrics(trial)["mrr/mrr"] for trial in SWEEP.trials()]
+    )
+
+
+def test_any_folder_of_runs_is_a_sweep(folder):
+    (folder / "sweep.json").unlink()
+    results = read_results(folder / "trials")
+    assert {axis for result in results for axis in result.point} == {
+        "predictor.conditioning",
+        "predictor.depth",
+        "seed",
+    }
+    assert len(configurations(results)) == 6
+    with pytest.raises(UsageError, match="no trials there"):
+        read_results(folder / "nothing")
