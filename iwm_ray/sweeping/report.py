@@ -299,7 +299,9 @@ _RELATIONS_CAPTION = (
     "Spearman's rank correlation of MRR over configurations; 95 % intervals of a bootstrap over configurations. "
     "The paper's are over its own configurations on ImageNet (IWM, section 5)."
 )
-_RETRIEVAL_CAPTION = "What each model takes for the target view: the invariant end, then the equivariant one; first seeds."
+_RETRIEVAL_CAPTION = (
+    "What each model takes for the target view: the invariant end, then the equivariant one; first seeds."
+)
 _MAP_CAPTION = (
     "Each large mark is a configuration, the mean over its seeds; small ones are the seeds. Whiskers are 95 % intervals "
     "over test images, not over seeds. The dashed line is the MRR of guessing."
