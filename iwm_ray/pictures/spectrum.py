@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -163,7 +164,7 @@ def _draw_panel(
         if dot.name:
             axes.annotate(
                 dot.name, (dot.x, 100 * dot.y), xytext=(5, 9), textcoords="offset points", fontsize=SMALL, color=INK,
-                bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}, zorder=5,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")], zorder=5,
                 ha="left" if dot.name == "invariant" else "right",
             )  # fmt: skip
     axes.set_title(panel.title, fontsize=HEADING, fontweight="bold", color=INK, loc="left", pad=17)

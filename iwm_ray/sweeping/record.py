@@ -91,7 +91,9 @@ class SweepDirectory:
         self._failure(trial.hash).unlink(missing_ok=True)
 
     def note_failure(self, trial: Trial, reason: str) -> None:
-        """Names a failed attempt."""
+        """Names a failed attempt; the trial is not done then, whatever it was before."""
+        with suppress(OSError):
+            (self.run(trial.hash).path / DONE).unlink()
         file = self._failure(trial.hash)
         file.parent.mkdir(parents=True, exist_ok=True)
         attempts = _read(file).get("attempts", 0) + 1

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from iwm_ray.pictures.spectrum import (
     heat_maps,
     spectrum_map,
 )
+from iwm_ray.run_directory import RunDirectory
 from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.results import (
     GAIN,
@@ -45,7 +46,7 @@ from iwm_ray.sweeping.results import (
     sound,
     table,
 )
-from iwm_ray.sweeping.words import figure, reading, relation_words, relations
+from iwm_ray.sweeping.words import figure, reading, relations
 
 _MAPPED = tuple(outcome for outcome in OUTCOMES if outcome is not TUNED)
 
@@ -222,19 +223,27 @@ class Report:
     # Page
 
     def _page(self, pictures: dict[str, bytes]) -> str:
-        sections = [
+        sections = [Section("reading", "What the figures say", " ".join(self.text[2:]), ())]
+        sections += [
             Section(name, title, caption, (Picture(pictures[name], caption),))
             for name, title, caption in self._captions()
             if name in pictures
         ]
+        if ends := tuple(self._retrieval()):
+            sections.append(Section("retrieval", "Retrieval at both ends", _RETRIEVAL_CAPTION, ends))
         sections += [
-            Section("reading", "What the figures say", " ".join(self.text[2:]), ()),
             Section("configurations", "Configurations", _TABLE_CAPTION, (), self._configuration_table()),
             Section("health", "Health of every trial", _HEALTH_CAPTION, (), self._health_table()),
         ]
-        sections.insert(0, sections.pop(len(sections) - 3))
         config = json.dumps(self.results[0].config.model_dump(mode="json"), indent=1)
         return build_page(self.title, " ".join(self.text[:2]), self._facts(), sections, config)
+
+    def _retrieval(self) -> Iterator[Picture]:
+        """The retrieval pictures that the named points' runs have drawn."""
+        for name, group in named_points(self.groups).items():
+            file = RunDirectory(group.results[0].path).pictures / "retrieval.png"
+            if file.exists():
+                yield Picture(file.read_bytes(), f"Retrieval of the {name} end, {group.title}")
 
     def _facts(self) -> dict[str, str]:
         facts = {"question": self.question} if self.question else {}
@@ -249,10 +258,9 @@ class Report:
         return facts
 
     def _captions(self) -> list[tuple[str, str, str]]:
-        words = " ".join(relation_words(each) for each in relations(self.groups))
         return [
             ("map", "The map: MRR against what the features are good for", _MAP_CAPTION),
-            ("correlations", "Rank correlations beside the paper's", words),
+            ("correlations", "Rank correlations beside the paper's", _RELATIONS_CAPTION),
             ("effects", "What each axis does", _EFFECTS_CAPTION),
             ("heat", "MRR over the axes", _HEAT_CAPTION),
         ]
@@ -287,6 +295,13 @@ class Report:
 
 
 _SHORT = {GAIN.title: "Tuned − random"}
+_RELATIONS_CAPTION = (
+    "Spearman's rank correlation of MRR over configurations; 95 % intervals of a bootstrap over configurations. "
+    "The paper's are over its own configurations on ImageNet (IWM, section 5)."
+)
+_RETRIEVAL_CAPTION = (
+    "What each model takes for the target view: the invariant end, then the equivariant one; first seeds."
+)
 _MAP_CAPTION = (
     "Each large mark is a configuration, the mean over its seeds; small ones are the seeds. Whiskers are 95 % intervals "
     "over test images, not over seeds. The dashed line is the MRR of guessing."

@@ -37,16 +37,22 @@ class Outcome:
     metric: str
     """a `*` stands for the name of any finetuning task; several are averaged"""
     title: str
+    words: str
+    """in a sentence"""
     paper: float | None = None
     """its correlation with MRR over the paper's configurations (IWM, section 5); None: not reported as a number"""
 
 
-LINEAR = Outcome("linear/top1", "Linear probe", -0.85)
-ATTENTIVE = Outcome("attentive/top1", "Attentive probe")
-TUNED = Outcome("finetune/*/top1", "Predictor finetuned", 0.93)
-GAIN = Outcome("finetune/*/difference", "Predictor, finetuned − random")
-BOTH = Outcome("finetune/*/both/top1", "End to end")
-KNN = Outcome("knn/top1", "kNN")
+LINEAR = Outcome("linear/top1", "Linear probe", "the linear probe", -0.85)
+ATTENTIVE = Outcome("attentive/top1", "Attentive probe", "the attentive probe")
+TUNED = Outcome("finetune/*/top1", "Predictor finetuned", "the finetuned predictor", 0.93)
+GAIN = Outcome(
+    "finetune/*/difference",
+    "Finetuned − random predictor",
+    "the gain of a finetuned predictor over a random one",
+)
+BOTH = Outcome("finetune/*/both/top1", "End to end", "end-to-end finetuning")
+KNN = Outcome("knn/top1", "kNN", "kNN")
 OUTCOMES = (LINEAR, ATTENTIVE, GAIN, TUNED, BOTH, KNN)
 
 

@@ -36,7 +36,7 @@ def relations(groups: Sequence[Configuration]) -> list[Relation]:
 
 def relation_words(found: Relation) -> str:
     """One sentence on one relation."""
-    name = _lower(found.outcome.title)
+    name = found.outcome.words
     if not found.is_known:
         reason = f"needs {FEWEST} configurations and has {found.count}"
         if found.count >= FEWEST:
@@ -124,7 +124,3 @@ def _seeds(groups: Sequence[Configuration]) -> list[str]:
     spread = {group.title: max(group.seeds(MRR)) - min(group.seeds(MRR)) for group in repeated}
     widest = max(spread, key=spread.__getitem__)
     return [f"Seeds of one configuration differ by up to {figure(spread[widest])} in MRR ({widest})."]
-
-
-def _lower(title: str) -> str:
-    return title if title.startswith("kNN") else title[0].lower() + title[1:]

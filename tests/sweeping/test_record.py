@@ -56,6 +56,8 @@ def test_failures_are_named_counted_and_forgotten(directory):
     write_json(directory.run(trial.hash).summary, {"status": "finished"})
     directory.note_done(SWEEP, trial, {})
     assert directory.failures() == {}
+    directory.note_failure(trial, "it broke afterwards")
+    assert directory.status(SWEEP, trial) == "failed"
 
 
 def test_the_plan_of_a_larger_grid_keeps_the_trials_before(directory):

@@ -1,5 +1,6 @@
 """What a sweep says, against figures that were worked out by hand and by a library."""
 
+import io
 import json
 import math
 
@@ -9,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.stats import spearmanr
 
 from iwm_ray.errors import UsageError
@@ -51,6 +53,15 @@ MEANS = {
 }
 
 
+def _pixel() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PIXEL = _pixel()
+
+
 def metrics(trial) -> dict[str, float]:
     mrr, linear = MEANS[trial.point["predictor.conditioning"], trial.point["predictor.depth"]]
     mrr += 0.01 if trial.point["seed"] == "1" else -0.01
@@ -75,6 +86,8 @@ def folder(tmp_path):
         run = directory.run(trial.hash)
         run.path.mkdir(parents=True)
         write_json(run.config, trial.config.model_dump(mode="json"))
+        run.pictures.mkdir()
+        (run.pictures / "retrieval.png").write_bytes(PIXEL)
         summary = {"status": "finished", "health": "ok", "health_line": "ok: all is well"}
         write_json(run.summary, summary | {"metrics": metrics(trial)})
     return directory.path
@@ -145,7 +158,7 @@ def test_words_follow_the_figures(folder):
     assert (
         "predictor.conditioning moves MRR most: from 0.030 on average with none to 0.500 with feature" in text
     )
-    assert "As MRR rises, predictor, finetuned − random rises: rank correlation +1.00" in text
+    assert "the gain of a finetuned predictor over a random one rises: rank correlation +1.00" in text
     assert "differ by up to 0.020" in text
 
 
@@ -181,7 +194,8 @@ def test_the_report_is_complete_and_offline(folder):
     assert "http://" not in text and "https://" not in text and "<script" not in text
     for name in ("map", "effects", "heat", "correlations"):
         assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert text.count("data:image/png;base64,") == 4
+    assert text.count("data:image/png;base64,") == 6  # the figures, and what both ends retrieve
+    assert "Retrieval at both ends" in text
     rows = pyarrow.parquet.read_table(page.parent / "trials.parquet")
     assert rows.num_rows == 12
     assert pyarrow.csv.read_csv(page.parent / "trials.csv").column_names == rows.column_names
