@@ -55,7 +55,7 @@ def test_a_sheet_of_worst_cases_holds_nothing_else(result: MrrResult, legible) -
     texts = legible(retrieval_gallery(result, IMAGES, POLICY, "feature", num_rows=0, num_worst=2))
     assert texts.count("among the worst") == 2
     assert any(text.startswith("Where the world model fails") for text in texts)
-    worst = np.sort(result.ranks.max(1))[::-1][:2]
+    worst = np.sort(result.table["rank"].max(1))[::-1][:2]
     assert {f"rank {rank:g}" for rank in worst} <= set(texts)
 
 
