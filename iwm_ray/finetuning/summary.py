@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from iwm_ray.evaluation.intervals import Interval, seeds_interval
 from iwm_ray.finetuning.arms import Arm, ArmResult, Family
 from iwm_ray.finetuning.data import Task
 from iwm_ray.finetuning.experiment import by_family
-from iwm_ray.finetuning.intervals import Interval, bootstrap
 
 
 def summarise(results: dict[Arm, ArmResult], tasks: dict[str, Task]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def summarise(results: dict[Arm, ArmResult], tasks: dict[str, Task]) -> dict[str
             prefix = _prefix(family, task_name)
             suffix = "_random_predictor" if family.start == "random" else ""
             metrics |= _interval(
-                f"{prefix}/top1{suffix}", bootstrap(rights(found, task_name), over_seeds=False)
+                f"{prefix}/top1{suffix}", seeds_interval(rights(found, task_name), over_seeds=False)
             )
             if family.start == "pretrained":
                 control = tables.get(Family(family.tune, "random", family.tasks))
@@ -103,7 +103,7 @@ def _difference(
     """Our accuracy minus theirs, seed by seed and image by image; nothing where there is nothing to compare with."""
     if theirs is None:
         return {}
-    return _interval(name, bootstrap(rights(ours, task) - rights(theirs, task), over_seeds=True))
+    return _interval(name, seeds_interval(rights(ours, task) - rights(theirs, task), over_seeds=True))
 
 
 def _efficiency(results: dict[Arm, ArmResult]) -> Iterator[dict[str, Any]]:
@@ -111,7 +111,7 @@ def _efficiency(results: dict[Arm, ArmResult]) -> Iterator[dict[str, Any]]:
     for family, found in by_family(results):
         for task in family.tasks:
             table = rights(found, task)
-            interval = bootstrap(table, over_seeds=False)
+            interval = seeds_interval(table, over_seeds=False)
             yield {
                 "task": task,
                 "multitask": len(family.tasks) > 1,
