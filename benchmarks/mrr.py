@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from iwm_ray.config import Config, EncoderConfig, PredictorConfig, ViewsConfig
 from iwm_ray.evaluation.banks import bank_draws, bank_tensors
 from iwm_ray.evaluation.features import measuring
-from iwm_ray.evaluation.mrr import CHEAP_TARGETS, CHEAP_VIEWS, NUM_TARGETS, NUM_VIEWS, rank_images, summarise
+from iwm_ray.evaluation.mrr import NUM_TARGETS, NUM_VIEWS, rank_images, summarise
+from iwm_ray.evaluation.settings import MeasureConfig
 from iwm_ray.model.encoder import fuse_attention
 from iwm_ray.model.iwm import IWM, build_model
 from iwm_ray.views.policy import ViewPolicy
@@ -72,11 +73,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Interleaved rounds of encoding, the whole MRR, and the cheap setting; CPU time of one process."""
     model, policy, images = make_world(arguments)
     banks = make_banks(arguments, policy, images)
+    cheap = MeasureConfig.cheap()
     works = {
         "making": lambda: make_banks(arguments, policy, images),
         "encoding": make_encoding(model, banks, arguments.batch),
         "ours": make_mrr(model, policy, images, arguments),
-        "cheap": make_mrr(model, policy, images, arguments, CHEAP_VIEWS, CHEAP_TARGETS),
+        "cheap": make_mrr(model, policy, images, arguments, cheap.views, cheap.targets),
     }
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(arguments.rounds + 1):

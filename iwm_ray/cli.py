@@ -145,6 +145,54 @@ def _pretrain_parser() -> Parser:
     return parser
 
 
+def tuning_parser(command: str, description: str, kind: type[BaseModel], folder: str) -> Parser:
+    """The options of a command that tunes a trained model: RUN, its checkpoint, and every value of `kind`.
+
+    Args:
+        command: name of the command's module.
+        description: what it does, for --help.
+        kind: its configuration; values at its top have options without a section.
+        folder: name of the results' folder in RUN/finetune, for --help.
+    """
+    parser = Parser(
+        prog=f"python -m iwm_ray.{command}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of the pretraining")
+    parser.add_argument(
+        "--checkpoint", default="newest", metavar="WHICH", help="newest, best, or the step of a kept one"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of the results; default RUN/finetune/{folder}",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, create nothing"
+    )
+    add_common_options(parser)
+    group = parser.add_argument_group(command, kind.__doc__)
+    for name, field in kind.model_fields.items():
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            add_option(group, name, field)
+    add_settings(parser, kind)
+    return parser
+
+
+def tuning_config(options: argparse.Namespace, kind: type[AnyConfig]) -> AnyConfig:
+    """The configuration of `tuning_parser`'s options.
+
+    Raises:
+        UsageError: a value is wrong.
+    """
+    tree = {name: value for name, value in vars(options).items() if name in kind.model_fields}
+    override(tree, options)
+    return validate_as(kind, tree)
+
+
 def add_settings(parser: argparse.ArgumentParser, kind: type[BaseModel]) -> None:
     """One option `--section.name` for every value in the parts of a configuration."""
     for section, part in kind.model_fields.items():

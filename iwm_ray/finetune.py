@@ -4,15 +4,12 @@ Predictor finetuning with its control, encoder finetuning, end-to-end; several d
 command again runs what is not finished. Runs in this process.
 """
 
-import argparse
 import importlib.util
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel
 
 from iwm_ray import cli
 from iwm_ray.config import RuntimeConfig
@@ -36,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _main(arguments: Sequence[str]) -> None:
     options = _parser().parse(arguments)
-    config = read_config(options)
+    config = cli.tuning_config(options, FinetuneConfig)
     from iwm_ray.finetuning.experiment import Experiment
     from iwm_ray.trained import Trained
 
@@ -49,44 +46,11 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m iwm_ray.finetune",
-        description="Tune a trained world model for one or several labelled data sets. Several data sets are given as "
-        "NAME=PATH words behind --data.path and, in the same order, behind --data.test-path.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    description = (
+        "Tune a trained world model for one or several labelled data sets. Several data sets are given as NAME=PATH words "
+        "behind --data.path and, in the same order, behind --data.test-path."
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of the pretraining")
-    parser.add_argument(
-        "--checkpoint", default="newest", metavar="WHICH", help="newest, best, or the step of a kept one"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder of the results; default RUN/finetune/<tasks>-<hash>",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan, create nothing"
-    )
-    cli.add_common_options(parser)
-    group = parser.add_argument_group("finetuning", FinetuneConfig.__doc__)
-    for name, field in FinetuneConfig.model_fields.items():
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            cli.add_option(group, name, field)
-    cli.add_settings(parser, FinetuneConfig)
-    return parser
-
-
-def read_config(options: argparse.Namespace) -> FinetuneConfig:
-    """The configuration of the command line.
-
-    Raises:
-        UsageError: a value is wrong.
-    """
-    tree = {name: value for name, value in vars(options).items() if name in FinetuneConfig.model_fields}
-    cli.override(tree, options)
-    return cli.validate_as(FinetuneConfig, tree)
+    return cli.tuning_parser("finetune", description, FinetuneConfig, "<tasks>-<hash>")
 
 
 def extract_with(trained: "Trained", config: FinetuneConfig) -> "Extract":

@@ -4,14 +4,11 @@ The predictor with its control, the encoder, or both; mIoU with intervals and pi
 is not finished. Runs in this process.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel
 
 from iwm_ray import cli
 from iwm_ray.finetune import track
@@ -37,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _main(arguments: Sequence[str]) -> None:
     options = _parser().parse(arguments)
-    tree = {name: value for name, value in vars(options).items() if name in SegmentConfig.model_fields}
-    cli.override(tree, options)
-    config = cli.validate_as(SegmentConfig, tree)
+    config = cli.tuning_config(options, SegmentConfig)
     from iwm_ray.segmentation.experiment import Segmentation
     from iwm_ray.trained import Trained
 
@@ -51,33 +46,11 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m iwm_ray.segment",
-        description="Tune a trained world model for the classes of pixels, from folders of images and of masks. Whole "
-        "images are resized to squares of --image-size, and judged there.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    description = (
+        "Tune a trained world model for the classes of pixels, from folders of images and of masks. Whole images are "
+        "resized to squares of --image-size, and judged there."
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of the pretraining")
-    parser.add_argument(
-        "--checkpoint", default="newest", metavar="WHICH", help="newest, best, or the step of a kept one"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder of the results; default RUN/finetune/segment-<data>-<hash>",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan, create nothing"
-    )
-    cli.add_common_options(parser)
-    group = parser.add_argument_group("segmentation", SegmentConfig.__doc__)
-    for name, field in SegmentConfig.model_fields.items():
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            cli.add_option(group, name, field)
-    cli.add_settings(parser, SegmentConfig)
-    return parser
+    return cli.tuning_parser("segment", description, SegmentConfig, "segment-<data>-<hash>")
 
 
 def segment(segmentation: "Segmentation") -> None:

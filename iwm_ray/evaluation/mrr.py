@@ -38,10 +38,6 @@ Table = dict[str, NDArray]
 """One row an image; tables of disjoint images are joined by `np.concatenate` of each column"""
 
 NUM_VIEWS, NUM_TARGETS = 256, 8
-CHEAP_IMAGES, CHEAP_VIEWS, CHEAP_TARGETS = 32, 32, 4
-"""for readings while a model trains: they encode 1024 views, half of a kNN's bank; chance is 0.127 there, so compare
-them with each other only"""
-
 _CPU_BATCH, _DEVICE_BATCH = (
     64,
     256,

@@ -59,26 +59,48 @@ class AugmentConfig(_Part):
         return self.crop_area == 1 and not (self.randaugment or self.mixup or self.cutmix)
 
 
-class FinetuneRuntimeConfig(_Part):
+class TuningRuntimeConfig(_Part):
     """Where and how fast: nothing here changes results beyond floating-point rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPUs, fp32 on CPUs"""
-    data_workers: NonNegativeInt = 0
-    """processes that decode and augment images; 0: this process does"""
-    token_gigabytes: NonNegativeFloat = 4.0
-    """memory for the tokens of frozen encoders; what would need more is encoded anew at every step"""
     cache: str = ""
     """folder of the data indices; empty: that of the run"""
 
 
-class FinetuneConfig(_Part):
-    """A finetuning of one trained model."""
+class FinetuneRuntimeConfig(TuningRuntimeConfig):
+    """Where and how fast: nothing here changes results beyond floating-point rounding."""
+
+    data_workers: NonNegativeInt = 0
+    """processes that decode and augment images; 0: this process does"""
+    token_gigabytes: NonNegativeFloat = 4.0
+    """memory for the tokens of frozen encoders; what would need more is encoded anew at every step"""
+
+
+class TuningConfig(_Part):
+    """What every tuning has: ways and repetitions, each of them once."""
 
     tune: tuple[Tune, ...] = ("predictor",)
     """what is trained besides the head; several are run one after the other and compared"""
+    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
+    """each is one repetition: head, random predictor and order of the data"""
+
+    @model_validator(mode="after")
+    def _lists_hold_something_once(self) -> Self:
+        for name in ("tune", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(
+                    f"{name} {' '.join(map(str, values)) or '(empty)'}: give each value once, at least one"
+                )
+        return self
+
+
+class FinetuneConfig(TuningConfig):
+    """A finetuning of one trained model."""
+
     head: Literal["attentive", "linear"] = "attentive"
     """from tokens to classes"""
     encoder: Literal["target", "context"] = "target"
@@ -111,23 +133,11 @@ class FinetuneConfig(_Part):
     """share of a label that is spread over all classes"""
     clip_grad_norm: NonNegativeFloat = 1.0
     """gradients of a larger norm are scaled down to it; 0: never"""
-    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
-    """each is one repetition: head, random predictor and order of the data"""
     single_tasks: bool = True
     """with several data sets: tune for each of them alone too, with the same number of its batches"""
     data: FinetuneDataConfig = FinetuneDataConfig()
     augment: AugmentConfig = AugmentConfig()
     runtime: FinetuneRuntimeConfig = FinetuneRuntimeConfig()
-
-    @model_validator(mode="after")
-    def _lists_hold_something_once(self) -> Self:
-        for name in ("tune", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(
-                    f"{name} {' '.join(map(str, values)) or '(empty)'}: give each value once, at least one"
-                )
-        return self
 
     @model_validator(mode="after")
     def _weights_fit_the_data(self) -> Self:

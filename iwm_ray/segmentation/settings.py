@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from iwm_ray.config import Fraction, Positive, _Part
-from iwm_ray.finetuning.settings import FinetuneRuntimeConfig, Tune
+from iwm_ray.finetuning.settings import TuningConfig, TuningRuntimeConfig
 
 HeadName = Literal["linear", "upernet"]
 
@@ -43,11 +43,9 @@ class SegmentAugmentConfig(_Part):
     """smallest area of a random window with the image's aspect, fraction of the image"""
 
 
-class SegmentConfig(_Part):
+class SegmentConfig(TuningConfig):
     """A segmentation by one trained model."""
 
-    tune: tuple[Tune, ...] = ("predictor",)
-    """what is trained besides the head; several are run one after the other and compared"""
     head: HeadName = "upernet"
     """linear: one layer a patch; upernet: pyramid pooling and fusion at patch resolution"""
     encoder: Literal["target", "context"] = "target"
@@ -71,21 +69,9 @@ class SegmentConfig(_Part):
     """factor of the learning rate from each encoder block to the one below it"""
     clip_grad_norm: NonNegativeFloat = 1.0
     """gradients of a larger norm are scaled down to it; 0: never"""
-    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
-    """each is one repetition: head, random predictor and order of the data"""
     data: SegmentDataConfig = SegmentDataConfig()
     augment: SegmentAugmentConfig = SegmentAugmentConfig()
-    runtime: FinetuneRuntimeConfig = FinetuneRuntimeConfig()
-
-    @model_validator(mode="after")
-    def _lists_hold_something_once(self) -> Self:
-        for name in ("tune", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(
-                    f"{name} {' '.join(map(str, values)) or '(empty)'}: give each value once, at least one"
-                )
-        return self
+    runtime: TuningRuntimeConfig = TuningRuntimeConfig()
 
     def hash(self, *parts: str) -> str:
         """Twelve hexadecimal digits of what decides an arm's result besides its own name."""
