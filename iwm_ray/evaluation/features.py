@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from iwm_ray.data.plan import permute
 from iwm_ray.model.iwm import IWM
 from iwm_ray.randomness import integers
 
@@ -50,15 +49,6 @@ def digest(*facts: Any) -> str:
 def key(seed: int, purpose: str) -> int:
     """A seed for the permutations of one purpose, as `permute` takes it."""
     return int(integers(seed, 0, purpose, 1)[0] >> np.uint64(1))
-
-
-def choose_samples(seed: int, num_samples: int, count: int = 0) -> NDArray[np.int64]:
-    """A fixed random choice of samples to measure on: `[count]` numbers in range(num_samples), ascending.
-
-    A larger choice contains the smaller one; 0, or more than there are, means all.
-    """
-    count = min(count or num_samples, num_samples)
-    return np.sort(permute(key(seed, "measured images"), 0, np.arange(count), num_samples))
 
 
 @contextmanager

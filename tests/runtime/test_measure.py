@@ -13,12 +13,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from iwm_ray.build import choose
 from iwm_ray.config import DataConfig, RuntimeConfig
 from iwm_ray.data.decode import DecodeLimits, decode
 from iwm_ray.data.index import Index
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.encoders import LAST, TimmEncoder, TokenModel
-from iwm_ray.evaluation.features import choose_samples, measuring
+from iwm_ray.evaluation.features import measuring
 from iwm_ray.evaluation.probes import knn_probe, linear_probe
 from iwm_ray.runtime import measure
 from iwm_ray.runtime.measure import extract, in_order
@@ -290,7 +291,7 @@ def test_the_probes_find_what_imagenet_weights_know(control, tmp_path_factory):
 
     def features(encoder, name, count):
         index = Index.open(DataConfig(), str(IMAGENETTE / name), cache)
-        return extract(encoder, index, choose_samples(0, len(index), count), **options)[LAST]
+        return extract(encoder, index, choose(0, index, count, "control"), **options)[LAST]
 
     train, test = features(control, "train.parquet", 1200), features(control, "val.parquet", 400)
     assert train.values.shape == (1200, 1280)
