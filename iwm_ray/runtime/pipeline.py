@@ -27,7 +27,7 @@ _TASK_BYTES = 120 * 2**20
 # Ray cuts what a function yields where it exceeds a block's target size: one made for each block, a little smaller.
 _TARGET_SHARE = 0.9
 # Ray needs 0.3 ms to take note of a task, before the first one runs: few enough to start soon, enough for minutes.
-_TASKS_PER_SEGMENT = 2048
+_TASKS_PER_SEGMENT = 1024
 # A task whose process dies (a decoder that crashes, no memory) is tried again this often; Ray's default is for ever.
 _TASK_RETRIES = 3
 
