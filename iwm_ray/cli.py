@@ -6,6 +6,7 @@ argparse knows the names, pydantic the values; so the options, their help and th
 import argparse
 import difflib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -103,6 +104,12 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str])
     """Runs a command; turns foreseeable failures and Ctrl-C into one line on stderr and the exit code."""
     try:
         main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output (head, a pager) has seen enough
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes once more when it ends
+        return 1
     except (UsageError, RunError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
