@@ -29,29 +29,39 @@ def main() -> None:
     parser.add_argument("--data.path", dest="train", required=True, help="labelled training images")
     parser.add_argument("--data.test-path", dest="test", required=True, help="labelled test images")
     parser.add_argument("--output", type=Path, default=Path("runs/baselines"), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=2000, help="of pretraining, 128 images each")
-    parser.add_argument("--epochs", type=int, default=8, help="of finetuning, over 10,000 images")
+    parser.add_argument("--steps", type=int, default=1500, help="of pretraining, 128 images each")
+    parser.add_argument("--epochs", type=float, default=8, help="of finetuning, over 5000 images")
     options = parser.parse_args()
-    data = ("--data.path", options.train, "--data.test-path", options.test)
-    for recipe, _ in METHODS.values():
-        measure(options.output / recipe, recipe, data, options.steps, options.epochs)
+    for part in (pretrain, finetune, evaluate):  # each goes on where it was stopped
+        for recipe, _ in METHODS.values():
+            part(options.output / recipe, recipe, options)
     print("\n".join(table(options.output)))
 
 
-def measure(run: Path, recipe: str, data: tuple[str, ...], steps: int, epochs: int) -> None:
-    """Pretrains, finetunes and probes one method; what is done is not done again."""
-    local = ("--runtime.engine", "local", "--tracking.uri", "none")
-    threads = ("--runtime.data-workers", "1", "--runtime.threads-per-worker", "1")
-    fast = ("--runtime.precision", "bf16")
-    command("pretrain", recipe, "--steps", steps, *data, *local, *threads, *fast, "--output", run)
-    some = ("--data.num-train", 10_000, "--data.num-test", 5_000, "--epochs", epochs)
-    command("finetune", run, "--tune", "predictor", "--seeds", 0, 1, 2, *data, *some, *fast)
-    tasks = ("linear", "knn") if recipe.startswith("mae") else ("linear", "knn", "mrr")
-    less = ("--measure.train-images", 10_000, "--measure.test-images", 5_000, "--measure.images", 200)
-    command("evaluate", run, "--tasks", *tasks, *less, "--measure.components", "false", *fast)
+def pretrain(run: Path, recipe: str, options: argparse.Namespace) -> None:
+    local = ("--runtime.engine", "local", "--tracking.uri", "none", "--output", run)
+    threads = ("--runtime.data-workers", 1, "--runtime.threads-per-worker", 1)
+    command("pretrain", recipe, "--steps", options.steps, *data(options), *local, *threads)
+
+
+def finetune(run: Path, recipe: str, options: argparse.Namespace) -> None:
+    some = ("--data.num-train", 5000, "--data.num-test", 5000, "--epochs", options.epochs)
+    command("finetune", run, "--tune", "predictor", "--seeds", 0, 1, 2, *data(options), *some)
+
+
+def evaluate(run: Path, recipe: str, options: argparse.Namespace) -> None:
+    tasks = ("linear", "knn") if recipe.startswith("mae") else ("linear", "knn", "mrr")  # MAE has no action
+    less = ("--measure.train-images", 10_000, "--measure.test-images", 5000, "--measure.images", 200)
+    command("evaluate", run, "--tasks", *tasks, *less, "--measure.components", "false")
+
+
+def data(options: argparse.Namespace) -> tuple[str, ...]:
+    return ("--data.path", options.train, "--data.test-path", options.test)
 
 
 def command(name: str, *words: object) -> None:
+    words = (*words, "--runtime.precision", "bf16")
+    print("iwm_ray", name, *words, flush=True)
     subprocess.run([sys.executable, "-m", f"iwm_ray.{name}", *map(str, words)], check=True)
 
 
