@@ -8,6 +8,7 @@ floating-point rounding stands in `runtime` and `tracking`, which are left out o
 import hashlib
 import json
 import re
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -68,6 +69,15 @@ class DataConfig(_Part):
     def _paths_hold_no_credentials(self) -> Self:
         for name in ("path", "test_path"):
             refuse_credentials(name, getattr(self, name))
+        return self
+
+    @model_validator(mode="after")
+    def _test_images_lie_apart(self) -> Self:
+        if self.path and PurePath(self.path) in PurePath(self.test_path).parents:
+            raise ValueError(
+                f"test_path {self.test_path}: lies in path {self.path}, so that its images would be learned from; give "
+                "the folder of the training images alone as path"
+            )
         return self
 
     @model_validator(mode="after")

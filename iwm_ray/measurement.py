@@ -6,6 +6,7 @@ A result is kept under a key of everything that decides it; asking again for wha
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
@@ -114,6 +115,11 @@ class Measurement:
             measured, rows, counts = (
                 self._world_model(task) if task in WORLD_MODEL else self._representation(task)
             )
+        # JSON has no NaN: the error's share where the null action errs nowhere, say.
+        measured = {
+            subject: {name: value for name, value in metrics.items() if math.isfinite(value)}
+            for subject, metrics in measured.items()
+        }
         settings, images = self.settings.model_dump(mode="json"), self._images(task, counts)
         result = TaskResult(task, key, time.monotonic() - begin, settings, images, measured)
         self._write(result, rows)
@@ -171,6 +177,18 @@ class Measurement:
                 )
         if len(np.unique(self.train.labels[self.train.labels >= 0])) < 2:
             raise UsageError("data.path: all images are of one class; probes need two or more")
+        if self.test:
+            learned = [
+                self.train.class_names[number] for number in np.unique(self.train.labels) if number >= 0
+            ]
+            unknown = np.unique(
+                self.test.labels[(self.test.labels >= 0) & (self.test.labels_in(learned) < 0)]
+            )
+            if len(unknown):
+                raise UsageError(
+                    f"data.test_path: class {self.test.class_names[unknown[0]]} is not among the training images; "
+                    "give test images of the training classes"
+                )
 
     @cached_property
     def _samples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -192,7 +210,7 @@ class Measurement:
 
     def _images(self, task: TaskName, counts: list[str]) -> str:
         """In words, for the result."""
-        asked = f"test images of {self.test.uri}" if self.test else ""
+        asked = f"test images of {self.test.root}" if self.test else ""
         if task in WORLD_MODEL:
             return f"{', '.join(counts)} {asked or 'training images'}"
         return f"{', '.join(counts)} images; tested on {asked or 'a random fifth of the training images'}"
