@@ -80,7 +80,7 @@ def vits16_in1k() -> Config:
 
     Source: METHOD section 3 with ViT-S; predictor 12 x 384.
     Command: python -m iwm_ray.pretrain vits16_in1k --data.path s3://... --runtime.num-workers 4 --runtime.use-gpu true
-    Cost: 44 GFLOP an image, 100 epochs: 1.6e18 FLOP a million images; about 2 H100-days at 35 % of peak (estimate).
+    Cost: 49 GFLOP an image, 6.3e18 FLOP for 100 epochs; about 0.2 H100-days at 35 % of peak (estimate).
     Expected: not measured yet.
     """
     predictor, schedule = PredictorConfig(depth=12, width=384), ScheduleConfig(epochs=100)
@@ -92,7 +92,7 @@ def vitb16_in1k_invariant() -> Config:
 
     Command: python -m iwm_ray.pretrain vitb16_in1k_invariant --data.path s3://... --runtime.num-workers 16
         --runtime.use-gpu true
-    Cost: 101.5 GFLOP an image, 3.9e19 FLOP for 300 epochs; about 32 H100-days at 14 % of peak, 13 at 35 % (estimate).
+    Cost: 115 GFLOP an image, 4.4e19 FLOP for 300 epochs; about 3.7 H100-days at 14 % of peak, 1.5 at 35 % (estimate).
     Expected (paper): MRR 0.09, linear 74.5, attentive 77.0, predictor finetuning 81.3.
     """
     return _imagenet("vitb16_in1k_invariant", "vit_base_patch16_224", PredictorConfig(depth=12, width=384))
@@ -103,7 +103,7 @@ def vitb16_in1k_equivariant() -> Config:
 
     Command: python -m iwm_ray.pretrain vitb16_in1k_equivariant --data.path s3://... --runtime.num-workers 16
         --runtime.use-gpu true
-    Cost: 113 GFLOP an image, 4.3e19 FLOP for 300 epochs; about 15 H100-days at 35 % of peak (estimate).
+    Cost: 129 GFLOP an image, 4.9e19 FLOP for 300 epochs; about 1.7 H100-days at 35 % of peak (estimate).
     Expected (paper): MRR 0.79, linear 67.5, attentive 75.1, predictor finetuning 83.3.
     """
     return _imagenet("vitb16_in1k_equivariant", "vit_base_patch16_224", PredictorConfig(depth=18, width=384))
@@ -114,7 +114,7 @@ def vitl16_in1k_equivariant() -> Config:
 
     Command: python -m iwm_ray.pretrain vitl16_in1k_equivariant --data.path s3://... --runtime.num-workers 32
         --runtime.use-gpu true
-    Cost: about 430 GFLOP an image, 1.7e20 FLOP for 300 epochs; about 55 H100-days at 35 % of peak (estimate).
+    Cost: 452 GFLOP an image, 1.7e20 FLOP for 300 epochs; about 6 H100-days at 35 % of peak (estimate).
     Expected (paper): predictor finetuning 85.0, end-to-end 85.4.
     """
     return _imagenet("vitl16_in1k_equivariant", "vit_large_patch16_224", PredictorConfig(depth=36, width=512))
