@@ -142,10 +142,13 @@ class Measurement:
         """Finds what would make a task fail, before hours have gone into the ones ahead of it.
 
         Raises:
-            UsageError: no labels, one class, too few images, no such layer, views that don't differ.
+            UsageError: no labels, one class, too few images, no such layer, views that don't differ, tasks that the
+                model can't do.
         """
         if self.test is not None and content_hash(self.test) == content_hash(self.train):
             raise UsageError("data.test_path: the same images as data.path; give others, or leave it out")
+        if self.trained.config.predictor.target == "pixels":
+            _refuse_world_model(tasks)
         if set(tasks) & set(PROBES):
             self._check_classes()
         if set(tasks) & set(REPRESENTATION) and self.settings.layers != (LAST,):
@@ -364,6 +367,16 @@ class Measurement:
             write_json(self.folder / f"{result.task}.json", vars(result))
         except OSError as error:
             raise UsageError(f"{self.folder}: {error.strerror}; make it writable") from None
+
+
+def _refuse_world_model(tasks: Sequence[TaskName]) -> None:
+    """Raises UsageError for tasks that read the predictor, of a run whose predictor gives pixels."""
+    wrong = [task for task in tasks if task in (*WORLD_MODEL, "marginal")]
+    if wrong:
+        raise UsageError(
+            f"measure.tasks {' '.join(wrong)}: this run predicts pixels (MAE), not the tokens under an action that these "
+            f"tasks compare; use --tasks {' '.join(REPRESENTATION)}"
+        )
 
 
 def kept_result(trained: Trained, task: TaskName) -> TaskResult | None:
