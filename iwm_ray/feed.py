@@ -6,6 +6,8 @@ views -> the action log. Ray Data tasks, the local loader and the replay call th
 imported here: it would cost every data task seconds and hundreds of megabytes.
 """
 
+import contextlib
+import ctypes
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +29,12 @@ from iwm_ray.views.masks import Masks, MaskSampler
 from iwm_ray.views.policy import ViewPolicy
 
 _log = logging.getLogger(__name__)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of malloc.h
+_LARGEST_THRESHOLD = 32 * 2**20  # the most that glibc allows
+_KEPT_BYTES = 512 * 2**20
+MAX_KEPT_ARRAY = _LARGEST_THRESHOLD - 2**16
+"""bytes; the memory of a larger array comes from the system each time"""
+
 Image = NDArray[np.uint8]
 Columns = dict[str, NDArray[Any]]
 
@@ -49,7 +57,12 @@ class Feed:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row's view columns, nearly all that a row holds."""
-        return len(self._view_names) * self.policy.crop_box.size**2 * 3
+        return len(self._view_names) * self.view_bytes
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of one view or crop."""
+        return self.policy.crop_box.size**2 * 3
 
     def rows(self, counters: NDArray[np.int64]) -> Columns:
         """The rows of one block, logged.
@@ -205,4 +218,14 @@ def _reader(index: Index) -> Reader:
     """One set of open files for an index, not one for each sample."""
     # One task has one CPU; a thread for each CPU of the node would only wait for the others.
     cv2.setNumThreads(1)
+    _keep_freed_memory()
     return Reader(index)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc give out freed memory again, up to a bound. It would hand that of each image and block back to the
+    system, which clears the next page by page: a twentieth of a row's time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+        libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
