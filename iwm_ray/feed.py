@@ -8,12 +8,9 @@ imported here: it would cost every data task seconds and hundreds of megabytes.
 
 import contextlib
 import ctypes
-import fcntl
-import json
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -25,6 +22,7 @@ from iwm_ray.action_log import ActionLog
 from iwm_ray.data.decode import DecodeLimits, EncodedImage, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan
+from iwm_ray.data.quarantine import Quarantine
 from iwm_ray.data.read import Reader
 from iwm_ray.views.draws import Draws
 from iwm_ray.views.masks import Masks, MaskSampler
@@ -54,7 +52,7 @@ class Feed:
     where: str
     """host: rows hold `source` and `target`; device: rows hold `crop` and `draws`"""
     log: ActionLog | None = None
-    quarantine: Path | None = None
+    quarantine: Quarantine | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -76,19 +74,27 @@ class Feed:
             `counter [b]` and the columns of `make`.
         """
         epochs, _ = self.plan.locate(counters)
-        return self.make(counters, epochs, self.plan.samples(counters))
+        samples = self.plan.samples(counters)
+        if self.quarantine is None:
+            return self.make(counters, epochs, samples)
+        with self.quarantine.making(int(counters[0])) as died_before:
+            return self.make(counters, epochs, samples, careful=died_before)
 
     def make(
-        self, counters: NDArray[np.int64], epochs: NDArray[np.int64], samples: NDArray[np.int64]
+        self,
+        counters: NDArray[np.int64],
+        epochs: NDArray[np.int64],
+        samples: NDArray[np.int64],
+        careful: bool = False,
     ) -> Columns:
-        """The rows of any samples, as they are seen in these epochs.
+        """The rows of any samples, as they are seen in these epochs; with care, if one of them may end this process.
 
         Returns:
             `counter [b]`, `action [b a]` float32, `context_idx [b c]`, `target_idx [b t]` int16, `weight [b]`
             float32 (0: quarantined, the views are black), and `source`, `target [b s s 3]` uint8, or
             `crop [b s s 3]` uint8 and `draws [b p]` float32.
         """
-        images = self._open(samples)
+        images = self._open(samples, careful)
         heights, widths = _sizes(images)
         draws = self.policy.draw(self.seed, epochs, samples, heights, widths)
         masks = self.masks.draw(self.seed, epochs, samples)
@@ -109,7 +115,8 @@ class Feed:
             except OSError as error:  # a full disk: training is worth more than its log
                 _log.warning("action log: rows from %d on not written (%s)", counters[0], error.strerror)
         if self.quarantine and any(reasons):
-            self._write_quarantine(self.quarantine, samples, reasons)
+            bad = [i for i, reason in enumerate(reasons) if reason]
+            self.quarantine.add(self.index, samples[bad].tolist(), [reasons[i] for i in bad])
         return columns
 
     def image(self, sample: int) -> Image:
@@ -124,10 +131,13 @@ class Feed:
     def _view_names(self) -> tuple[str, ...]:
         return ("crop",) if self.where == "device" else ("source", "target")
 
-    def _open(self, samples: NDArray[np.int64]) -> list[EncodedImage | Undecodable]:
+    def _open(self, samples: NDArray[np.int64], careful: bool) -> list[EncodedImage | Undecodable]:
         """Images whose sizes are known; in the place of one that can't be read, why."""
+        found = _reader(self.index).read_many(samples)
+        if self.quarantine:
+            found = self.quarantine.sift(self.index, samples.tolist(), found, self.limits, careful)
         images: list[EncodedImage | Undecodable] = []
-        for data in _reader(self.index).read_many(samples):
+        for data in found:
             try:
                 images.append(data if isinstance(data, Undecodable) else EncodedImage.open(data, self.limits))
             except Undecodable as fault:
@@ -188,20 +198,6 @@ class Feed:
                 "error": reasons,
             }
         )
-
-    def _write_quarantine(self, file_name: Path, samples: NDArray[np.int64], reasons: list[str]) -> None:
-        """Notes bad samples, each once: they come back in every epoch, and to any task on any node."""
-        with file_name.open("a+") as file:
-            with contextlib.suppress(OSError):  # storage without locks: a line may then stand there twice
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            known = {json.loads(line)["row_id"] for line in file if line.endswith("\n")}
-            for sample, reason in zip(samples.tolist(), reasons, strict=True):
-                row_id = self.index.row_id(sample)
-                if reason and row_id not in known:
-                    known.add(row_id)
-                    record = {"row_id": row_id, "path": self.index.path(sample), "reason": reason}
-                    file.write(json.dumps(record) + "\n")
 
 
 def checksums_of(views: NDArray[np.uint8]) -> NDArray[np.uint64]:

@@ -33,7 +33,7 @@ from iwm_ray.finetuning.settings import FinetuneConfig
 from iwm_ray.model.iwm import IWM
 from iwm_ray.run_directory import write_json
 from iwm_ray.trained import Trained
-from iwm_ray.training.loop import autocast
+from iwm_ray.training.loop import autocast, choose_attention
 
 Extract = Callable[[RunEncoder, ImageRows], Features]
 """the tokens `[k n d]` of a frozen encoder for the readable images of some rows"""
@@ -160,6 +160,7 @@ class Experiment:
         )
         before, head_hash = weights_hash(tuned.encoder), weights_hash(tuned.heads)
         tuned.to(self.device)
+        choose_attention(tuned, self._precision, self.device)
         cached = arm.tune == "predictor" and self._keeps_tokens()
         train, judged = self._splits(arm, cached)
         schedule = alternate(self.num_steps(names))
@@ -257,7 +258,11 @@ class Experiment:
         return Asking(self.trained.policy, rows * columns, config.action == "random", config.target_fraction)
 
     def _cast(self) -> AbstractContextManager:
-        return autocast(RuntimeConfig(precision=self.config.runtime.precision), self.device)
+        return autocast(self._precision, self.device)
+
+    @property
+    def _precision(self) -> RuntimeConfig:
+        return RuntimeConfig(precision=self.config.runtime.precision)
 
 
 def cache_of(trained: Trained, config: FinetuneConfig) -> Path:

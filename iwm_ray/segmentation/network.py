@@ -17,7 +17,15 @@ from iwm_ray.config import RuntimeConfig
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.features import measuring, model_device
 from iwm_ray.finetuning.fit import rate_share
-from iwm_ray.finetuning.model import Query, Start, Tuned, parameter_groups, random_predictor, seeded
+from iwm_ray.finetuning.model import (
+    Query,
+    Start,
+    Tuned,
+    parameter_groups,
+    pretrained_predictor,
+    random_predictor,
+    seeded,
+)
 from iwm_ray.finetuning.settings import Tune
 from iwm_ray.model.encoder import Encoder, sincos_positions
 from iwm_ray.model.iwm import IWM
@@ -67,7 +75,7 @@ def assemble(
     encoder = deepcopy(model.target_encoder if config.encoder == "target" else model.encoder)
     predictor = None
     if start == "pretrained":
-        predictor = deepcopy(model.predictor)
+        predictor = pretrained_predictor(trained, model, encoder, seed)
     elif start == "random":
         predictor = random_predictor(trained, encoder, seed)
     spread_positions(encoder, predictor, image_size(trained, config) // encoder.patch_size)
