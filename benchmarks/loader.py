@@ -230,9 +230,9 @@ def ray_data(feed: Feed, config: Config) -> Iterator[int]:
     assert feed.log is not None
     os.environ.pop("RAY_ADDRESS", None)
     cluster.connect(config)
-    layout = pipeline.Layout.of(config, feed, 0, 10**6)
+    layout = pipeline.Layout.of(feed.row_bytes, BATCH, 1, 0, 10**6)
     stream = pipeline.stream(feed, layout)
-    stream.context.execution_options = pipeline.execution_options(config)
+    stream.context.execution_options = pipeline.execution_options(config.runtime)
     for _ in range(layout.num_segments):
         for _ in stream.iter_torch_batches(
             batch_size=BATCH, prefetch_batches=4, collate_fn=ToTensors(), device="cpu"
@@ -244,7 +244,7 @@ def ray_data(feed: Feed, config: Config) -> Iterator[int]:
 def local(feed: Feed) -> Iterator[int]:
     from iwm_ray.loader import local_columns
 
-    for number, _ in enumerate(local_columns(feed, 0, 10**6, 2, pin=False), start=1):
+    for number, _ in enumerate(local_columns(feed, BATCH, 0, 10**6, 2, pin=False), start=1):
         yield number * BATCH
 
 

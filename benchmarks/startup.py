@@ -94,11 +94,11 @@ def ours(data: Path, cache: Path) -> dict[str, float]:
     open_again, _ = timed(lambda: build(config, run))
     os.environ.pop("RAY_ADDRESS", None)
     init, _ = timed(lambda: cluster.connect(config))
-    layout = pipeline.Layout.of(config, setup.feed, 0, 10**6)
+    layout = pipeline.Layout.of(setup.feed.row_bytes, setup.batch_size, 1, 0, 10**6)
 
     def first() -> None:
         stream = pipeline.stream(setup.feed, layout)
-        stream.context.execution_options = pipeline.execution_options(config)
+        stream.context.execution_options = pipeline.execution_options(config.runtime)
         next(iter(stream.iter_batches(batch_size=BATCH)))
 
     return {"scan": scan, "open": open_again, "init": init, "ours": timed(first)[0]}

@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -32,6 +32,19 @@ from iwm_ray.views.policy import ViewPolicy
 _log = logging.getLogger(__name__)
 Image = NDArray[np.uint8]
 Columns = dict[str, NDArray[Any]]
+
+
+class Rows(Protocol):
+    """A stream of rows, each a pure function of its counter; a small value that travels to every data task."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, nearly."""
+        ...
+
+    def rows(self, counters: NDArray[np.int64]) -> Columns:
+        """`[b]` places in the stream, all of one step -> columns of b rows; `counter [b]` is one of them."""
+        ...
 
 
 @dataclass(frozen=True)

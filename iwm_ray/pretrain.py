@@ -25,7 +25,7 @@ from iwm_ray.run_directory import RunDirectory
 if TYPE_CHECKING:
     from iwm_ray.build import Setup
     from iwm_ray.runtime.tracking import NullTracker
-    from iwm_ray.session import Outcome
+    from iwm_ray.workers import Outcome
 
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _POLL_SECONDS = 0.25
@@ -200,10 +200,12 @@ def _train(setup: "Setup", stop: "Stop", debug: bool) -> "Outcome":
 
 def trainer_of(setup: "Setup", debug: bool = False) -> Callable[[], "Outcome"]:
     """What trains the run to its end or to a stop request, by the engine of its configuration."""
-    if setup.config.runtime.engine == "local":
-        from iwm_ray.session import train_here
+    from iwm_ray.session import work
 
-        return lambda: train_here(setup)
+    if setup.config.runtime.engine == "local":
+        from iwm_ray.workers import train_here
+
+        return lambda: train_here(setup, work)
     from iwm_ray.build import cache_folder
     from iwm_ray.runtime import cluster
     from iwm_ray.runtime.train import train_on_ray
@@ -211,7 +213,7 @@ def trainer_of(setup: "Setup", debug: bool = False) -> Callable[[], "Outcome"]:
     cluster.connect(setup.config, debug)
     cluster.check_shared_directory(setup.run.path)
     cluster.check_shared_directory(cache_folder(setup.config), "runtime.cache")
-    return lambda: train_on_ray(setup)
+    return lambda: train_on_ray(setup, work)
 
 
 class Stop:

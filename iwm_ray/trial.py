@@ -22,7 +22,7 @@ from iwm_ray.sweeping.job import Job
 from iwm_ray.trained import Trained
 
 if TYPE_CHECKING:
-    from iwm_ray.session import Outcome
+    from iwm_ray.workers import Outcome
 
 _LOCK_SECONDS = 30.0  # a driver that was killed takes its trials with it, but not at once
 

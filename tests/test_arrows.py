@@ -20,6 +20,7 @@ LAYERS = [
     ["pictures"],
     ["feed", "recipes"],
     ["loader", "build", "cli"],
+    ["workers"],
     ["finetuning"],
     ["segmentation"],
     ["sweeping"],
