@@ -85,11 +85,7 @@ def save(
         encoder_hash: `weights_hash` of the encoder as the run has it, before any tuning.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in tuned.state_dict().items()
-        if not (tuned.is_frozen and name.startswith("encoder."))
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tuned.own_state().items()}
     partial = folder / f".{_TENSORS}.{os.getpid()}"
     save_file(tensors, partial)
     partial.replace(folder / _TENSORS)
@@ -142,7 +138,7 @@ def attach(folder: Path, encoder: Encoder) -> Tuned:
     is_frozen = not facts["has_encoder"]
     own = encoder if is_frozen else deepcopy(encoder)
     tuned = Tuned(own, predictor, heads, tokens, is_frozen)
-    expected = {name for name in tuned.state_dict() if not (is_frozen and name.startswith("encoder."))}
+    expected = set(tuned.own_state())
     try:
         tuned.load_state_dict(tuned.state_dict() | tensors)
     except RuntimeError as error:  # names or shapes

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,8 @@ from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
 from iwm_ray.data.read import Reader
-from iwm_ray.errors import RunError, UsageError
+from iwm_ray.errors import UsageError
+from iwm_ray.feed import Columns
 from iwm_ray.randomness import uniforms
 from iwm_ray.segmentation.settings import SegmentAugmentConfig, SegmentConfig
 from iwm_ray.views.resize import resize
@@ -84,39 +86,31 @@ class Pairs:
 
     def read(
         self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """Some pairs, cropped and mirrored by draws of that seed and epoch; unreadable images are left out.
+    ) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
+        """Some pairs, cropped and mirrored by draws of that seed and epoch.
 
         Returns:
-            `[b 3 s s]` uint8 images, `[b s s]` int64 classes (IGNORED: none), and which of the places they are.
+            `[b 3 s s]` uint8 images, `[b s s]` uint8 classes (IGNORED: none), and `[b]` whether the image can be
+            decoded: if not it is black, and all of its pixels are IGNORED.
         """
-        images, masks, kept = [], [], []
-        samples = self.samples[places]
+        samples, size = self.samples[places], self.size
+        images = np.zeros((len(places), size, size, 3), np.uint8)
+        masks = np.full((len(places), size, size), IGNORED, np.uint8)
+        readable = np.zeros(len(places), np.bool_)
         for i, data in enumerate(self._reader.read_many(samples)):
-            if isinstance(data, Undecodable):
-                continue
-            try:
+            with suppress(Undecodable):
+                if isinstance(data, Undecodable):
+                    raise data
                 image = decode(data, self.limits)
-            except Undecodable:
-                continue
-            mask = self.classes.lookup[read_mask(self.mask_path(int(samples[i])), image.shape[:2])]
-            draws = uniforms(seed, int(epochs[i]), samples[i : i + 1], "segment", 4)[0]
-            image, mask = cut(image, mask, self.size, self.augment, draws)
-            images.append(image)
-            masks.append(mask)
-            kept.append(i)
-        if not images:
-            raise RunError(
-                f"not one of {len(places)} images in turn could be decoded: {self.index.path(int(samples[0]))}, ..."
-            )
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-        return pixels, torch.from_numpy(np.stack(masks)).long(), kept
+                mask = self.classes.lookup[read_mask(self.mask_path(int(samples[i])), image.shape[:2])]
+                draws = uniforms(seed, int(epochs[i]), samples[i : i + 1], "segment", 4)[0]
+                images[i], masks[i] = cut(image, mask, size, self.augment, draws)
+                readable[i] = True
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(masks), readable
 
-    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Images and classes of a training step: a function of step and seed."""
-        size = min(batch_size, len(self))
-        plan, counters = Plan(seed, len(self), size), np.arange(step * size, (step + 1) * size)
-        return self.read(plan.samples(counters), plan.locate(counters)[0], seed)[:2]
+    def part(self, start: int, stop: int) -> "Pairs":
+        """Pairs `start` to `stop` - 1 alone."""
+        return replace(self, samples=self.samples[start:stop])
 
     def mask_path(self, sample: int) -> Path:
         """The mask of an image: the same name below the folder of masks, with .png."""
@@ -125,6 +119,26 @@ class Pairs:
     @cached_property
     def _reader(self) -> Reader:
         return Reader(self.index)
+
+
+@dataclass(frozen=True)
+class PairSteps:
+    """The rows of every step of an arm: a function of the seed (see feed.Rows)."""
+
+    pairs: Pairs
+    batch_size: int
+    seed: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an image and its mask."""
+        return 4 * self.pairs.size**2
+
+    def rows(self, counters: NDArray[np.int64]) -> Columns:
+        """`[b]` counters -> `counter [b]`, `inputs [b 3 s s]`, `labels [b s s]` (see Pairs.read)."""
+        plan = Plan(self.seed, len(self.pairs), self.batch_size)
+        images, masks, _ = self.pairs.read(plan.samples(counters), plan.locate(counters)[0], self.seed)
+        return {"counter": counters, "inputs": images.numpy(), "labels": masks.numpy()}
 
 
 def cut(

@@ -71,7 +71,7 @@ def save(
         class_names: of pixels.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _kept(tuned).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tuned.own_state().items()}
     partial = folder / f".{_TENSORS}.{os.getpid()}"
     save_file(tensors, partial)
     partial.replace(folder / _TENSORS)
@@ -109,7 +109,7 @@ def load(folder: Path, run: Path | None = None) -> Segmenter:
     tuned = assemble(trained, model, config, facts["tune"], start, len(names), 0)
     try:
         tensors = load_file(folder / _TENSORS)
-        missing = set(_kept(tuned)) - set(tensors)
+        missing = set(tuned.own_state()) - set(tensors)
         tuned.load_state_dict(tuned.state_dict() | tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise RunError(
@@ -118,15 +118,6 @@ def load(folder: Path, run: Path | None = None) -> Segmenter:
     if missing:
         raise RunError(f"segmenter {folder}: {min(missing)} is missing; segment again")
     return Segmenter(tuned.eval(), names, trained.policy.action_dim, image_size(trained, config))
-
-
-def _kept(tuned: Tuned) -> dict[str, Tensor]:
-    """What a segmenter holds: not the encoder, where it is the run's."""
-    return {
-        name: tensor
-        for name, tensor in tuned.state_dict().items()
-        if not (tuned.is_frozen and name.startswith("encoder."))
-    }
 
 
 def _encoder(model: IWM, config: SegmentConfig) -> torch.nn.Module:
