@@ -159,21 +159,25 @@ def cut(
         draws: `[4]` in 0..1: area, row, column, flip.
     """
     if augment is None:
-        return resize(image, size), _nearest(mask, size)
+        return resize(image, size), nearest(mask, size, size)
     scale = float(augment.crop_area + draws[0] * (1 - augment.crop_area)) ** 0.5
     height, width = (max(1, round(side * scale)) for side in mask.shape)
     top = int(draws[1] * (mask.shape[0] - height + 1))
     left = int(draws[2] * (mask.shape[1] - width + 1))
     window = np.s_[top : top + height, left : left + width]
-    image, mask = resize(image[window], size), _nearest(mask[window], size)
+    image, mask = resize(image[window], size), nearest(mask[window], size, size)
     if draws[3] < augment.flip_probability:
         return np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
     return image, mask
 
 
-def _nearest(mask: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """`[h w]` -> `[size size]`: the value under each new pixel's centre."""
-    return mask[np.ix_(*(((np.arange(size) + 0.5) * side / size).astype(np.int64) for side in mask.shape))]
+def nearest(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """`[h w]` -> `[height width]`: the value under each new pixel's centre."""
+    places = (
+        ((np.arange(new) + 0.5) * old / new).astype(np.int64)
+        for new, old in zip((height, width), mask.shape, strict=True)
+    )
+    return mask[np.ix_(*places)]
 
 
 def read_mask(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:

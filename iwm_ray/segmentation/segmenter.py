@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +24,7 @@ from iwm_ray.run_directory import write_json
 from iwm_ray.segmentation.network import assemble, image_size, logits
 from iwm_ray.segmentation.settings import SegmentConfig
 from iwm_ray.trained import Trained
+from iwm_ray.views.resize import resize
 
 _FORMAT = 1
 _TENSORS, FACTS = "segmenter.safetensors", "segmenter.json"
@@ -31,11 +34,17 @@ _TENSORS, FACTS = "segmenter.safetensors", "segmenter.json"
 class Segmenter:
     """Classes of the pixels of images."""
 
+    trained: Trained
+    """where its encoder comes from"""
     tuned: Tuned
     class_names: tuple[str, ...]
     action_dim: int
     image_size: int
     """side of the images, pixels"""
+
+    def fit(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """`[h w 3]` of any size -> `[s s 3]` as `predict` takes it, but channels last: the whole image, resized."""
+        return resize(image, self.image_size)
 
     def predict(self, images: Tensor) -> Tensor:
         """`[b 3 s s]` uint8 RGB, whole images resized to squares -> `[b s s]` int64 classes, on the model's device.
@@ -117,7 +126,7 @@ def load(folder: Path, run: Path | None = None) -> Segmenter:
         ) from None
     if missing:
         raise RunError(f"segmenter {folder}: {min(missing)} is missing; segment again")
-    return Segmenter(tuned.eval(), names, trained.policy.action_dim, image_size(trained, config))
+    return Segmenter(trained, tuned.eval(), names, trained.policy.action_dim, image_size(trained, config))
 
 
 def _encoder(model: IWM, config: SegmentConfig) -> torch.nn.Module:

@@ -20,11 +20,11 @@ from iwm_ray.training import metrics_log
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PATIENCE = 300  # seconds; guards against hanging, measures nothing
-DATA = (
-    "--data.path photos_tiny --data.test-path photos_tiny:test --data.num-train 48 --data.num-test 30".split()
-)
-SMALL = "--steps 6 --batch-size 16 --seeds 0 --runtime.threads-per-worker 1".split()
-STRONG = "--tune both --drop-path 0.3 --augment.crop-area 0.5 --augment.mixup 0.8 --augment.cutmix 1".split()
+DATA = ["--data.path", "photos_tiny", "--data.test-path", "photos_tiny:test"]
+DATA += ["--data.num-train", "48", "--data.num-test", "30"]
+SMALL = ["--steps", "6", "--batch-size", "16", "--seeds", "0", "--runtime.threads-per-worker", "1"]
+STRONG = ["--tune", "both", "--drop-path", "0.3", "--augment.crop-area", "0.5"]
+STRONG += ["--augment.mixup", "0.8", "--augment.cutmix", "1"]
 TIMED = {"images_per_second", "peak_memory"}
 
 
