@@ -60,7 +60,7 @@ def finetune(experiment: "Experiment", stop: "Stop | None" = None, debug: bool =
         write_json(experiment.folder / "summary.json", found)
         _draw(experiment, found)
         files = ("summary.json", "efficiency.png")
-        tuning_driver.track(experiment.trained, experiment.folder, found["metrics"], files)
+        tuning_driver.track(experiment, found["metrics"], files)
     print("\n".join(summary.lines(found)))
     print(f"summary      {experiment.folder / 'summary.json'}")
     print(f"picture      {experiment.folder / 'efficiency.png'}")

@@ -62,7 +62,7 @@ def segment(segmentation: "Segmentation", stop: "Stop | None" = None, debug: boo
         found |= {"status": "finished", "step": segmentation.trained.step, "arms": segmentation.costs()}
         write_json(folder / "summary.json", found)
         picture = _draw(segmentation)
-        tuning_driver.track(segmentation.trained, folder, found["metrics"], ("summary.json", picture.name))
+        tuning_driver.track(segmentation, found["metrics"], ("summary.json", picture.name))
     print("\n".join(summary.lines(found)))
     print(f"summary      {folder / 'summary.json'}")
     print(f"picture      {picture}")

@@ -113,13 +113,14 @@ def train_arm(tuning: Tuning, arm: Arm) -> Outcome:
     return outcome
 
 
-def track(trained: Trained, folder: Path, metrics: Mapping[str, float], files: Sequence[str]) -> None:
+def track(tuning: Tuning, metrics: Mapping[str, float], files: Sequence[str]) -> None:
     """Adds figures to the run's metrics and to its MLflow run, with files of the folder, unless that is elsewhere."""
+    trained, folder = tuning.trained, tuning.folder
     run = RunDirectory(trained.run.path)
     if not folder.is_relative_to(run.path):
         return
     try:
-        with reopened(run, trained.config) as tracker:
+        with reopened(run, _tracked(tuning)) as tracker:
             MetricsLog(run.metrics).correct(trained.step, metrics)
             summary.renew(run)
             for name in files:
@@ -177,9 +178,16 @@ class _Trial:
 def _asked(tuning: Tuning) -> Config:
     """The run's configuration as if it were trained as the arms are."""
     cache = {"cache": str(cache_of(tuning.trained, tuning.config))}
-    run, runtime = tuning.trained.config, tuning.config.runtime.model_copy(update=cache)
+    run, runtime = _tracked(tuning), tuning.config.runtime.model_copy(update=cache)
     batch = run.optimizer.model_copy(update={"global_batch_size": tuning.batch_size})
     return run.model_copy(update={"runtime": runtime, "optimizer": batch})
+
+
+def _tracked(tuning: Tuning) -> Config:
+    """The run's configuration, with the store that was asked for."""
+    run, uri = tuning.trained.config, tuning.config.tracking.uri
+    tracking = run.tracking.model_copy(update={"uri": uri or run.tracking.uri})
+    return run.model_copy(update={"tracking": tracking})
 
 
 def _room(tuning: Tuning) -> "Room":
@@ -192,7 +200,7 @@ def _tracker(training: ArmTraining) -> NullTracker:
     """The arm's MLflow run, not started yet."""
     if importlib.util.find_spec("mlflow") is None:
         return NullTracker()
-    tuning, config = training.tuning, training.tuning.trained.config
+    tuning, config = training.tuning, _tracked(training.tuning)
     parent = open_tracker(tuning.trained.run.path, config, tuning.trained.run.path.name)
     if parent.uri == "none":
         return parent

@@ -84,6 +84,13 @@ class FinetuneRuntimeConfig(TuningRuntimeConfig):
     """disk for the tokens of frozen encoders; what would need more is encoded anew at every step"""
 
 
+class TuningTrackingConfig(_Part):
+    """Where metrics go besides the files."""
+
+    uri: str = ""
+    """MLflow server or store; empty: that of the run; `none`: no MLflow"""
+
+
 class TuningConfig(_Part):
     """What every tuning has: ways and repetitions, each of them once, and rates."""
 
@@ -110,6 +117,7 @@ class TuningConfig(_Part):
     clip_grad_norm: NonNegativeFloat = 1.0
     """gradients of a larger norm are scaled down to it; 0: never"""
     runtime: TuningRuntimeConfig = TuningRuntimeConfig()
+    tracking: TuningTrackingConfig = TuningTrackingConfig()
 
     @model_validator(mode="after")
     def _lists_hold_something_once(self) -> Self:
@@ -170,7 +178,7 @@ class FinetuneConfig(TuningConfig):
             parts: what else decides it: weights and images.
         """
         tree = self.model_dump(
-            mode="json", exclude={"runtime", "tune", "seeds", "lr", "lr_grid", "single_tasks"}
+            mode="json", exclude={"runtime", "tracking", "tune", "seeds", "lr", "lr_grid", "single_tasks"}
         )
         tree["data"] = {
             name: value for name, value in tree["data"].items() if name not in ("path", "test_path")

@@ -62,6 +62,6 @@ class SegmentConfig(TuningConfig):
 
     def hash(self, *parts: str) -> str:
         """Twelve hexadecimal digits of what decides an arm's result besides its own name."""
-        tree = self.model_dump(mode="json", exclude={"runtime", "tune", "seeds", "lr", "lr_grid"})
+        tree = self.model_dump(mode="json", exclude={"runtime", "tracking", "tune", "seeds", "lr", "lr_grid"})
         text = json.dumps([tree, *parts], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
