@@ -10,12 +10,14 @@ from PIL import Image, ImageDraw
 
 import iwm_ray
 from iwm_ray.errors import RunError, UsageError
+from iwm_ray.finetuning.tuning import ArmTraining, work
 from iwm_ray.predict import main as predict_main
 from iwm_ray.segment import main
 from iwm_ray.segmentation.data import read_mask
 from iwm_ray.segmentation.experiment import Segmentation
 from iwm_ray.segmentation.settings import SegmentConfig, SegmentDataConfig
 from iwm_ray.trained import Trained
+from iwm_ray.workers import train_here
 
 
 def segment(*arguments):
@@ -252,3 +254,23 @@ def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_segmentation_goes_on_to_the_same_bits(clean_run, shapes, tmp_path):
+    """Statistics of the head's batch normalisation are in the checkpoint."""
+    config = SegmentConfig(
+        data=SegmentDataConfig(**paths(shapes)), steps=12, batch_size=8, seeds=(0,), tune=("encoder",)
+    )
+    contents = []
+    for name in ("clean", "stopped"):
+        segmentation = Segmentation.open(Trained.open(clean_run), config, tmp_path / name)
+        training = ArmTraining(segmentation, segmentation.finals()[0])
+        training.run.path.mkdir(parents=True)
+        request = tmp_path / name / "stop-request"
+        if name == "stopped":
+            request.touch()
+            assert train_here(training, work).status == "stopped"
+            request.unlink()
+        assert train_here(training, work).status == "finished"
+        contents.append(next(tmp_path.glob(f"{name}/adapters/*/segmenter.safetensors")).read_bytes())
+    assert contents[0] == contents[1]

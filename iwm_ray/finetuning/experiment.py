@@ -54,7 +54,7 @@ class Experiment(Tuning):
         tasks = {task.name: task for task in open_tasks(config, trained.config, cache)}
         folder = output or trained.run.path / "finetune" / _name(trained, config, tasks)
         experiment = cls(trained, config, folder.absolute(), tasks, extract)
-        experiment.check_batch()
+        experiment.check_batch(config.head == "linear")
         experiment._refuse_other()
         return experiment
 

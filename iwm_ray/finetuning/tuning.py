@@ -134,11 +134,21 @@ class Tuning(ABC):
         """Images that an arm trains on, counted as often as they are seen."""
         return self.num_steps_of(arm) * self.batch_size
 
-    def check_batch(self) -> None:
-        """Raises:
-        UsageError: the workers can't share the batch.
+    def check_batch(self, is_normalised: bool) -> None:
+        """Checks that the batch can be shared.
+
+        Args:
+            is_normalised: whether a head normalises over the batch.
+
+        Raises:
+            UsageError: the workers can't share it, or it would be cut where it must be whole.
         """
         runtime = self.config.runtime
+        if is_normalised and runtime.accumulation_steps > 1:
+            raise UsageError(
+                f"runtime.accumulation_steps {runtime.accumulation_steps}: the head normalises over the whole batch; set "
+                "it to 1"
+            )
         if self.batch_size % (runtime.num_workers * runtime.accumulation_steps):
             raise UsageError(
                 f"--batch-size {self.batch_size}: is not divisible by runtime.num_workers {runtime.num_workers} x "

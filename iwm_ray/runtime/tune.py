@@ -235,7 +235,6 @@ def run_beside(
     room: Room,
     *,
     max_failures: int,
-    say: Say = print,
 ) -> None:
     """Runs functions as Tune trials, each at most `max_failures` + 1 times.
 
@@ -244,7 +243,6 @@ def run_beside(
         titles: their names, for a person.
         room: see `make_room`; we are connected.
         max_failures: attempts after the first, of those whose process dies.
-        say: takes a line for each trial that ends.
 
     Raises:
         RunError: a trial failed; the others were run.
@@ -263,7 +261,7 @@ def run_beside(
             name="trials",
             storage_path=folder,
             failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[_Titles(titles, say)],
+            callbacks=[_Titles(titles)],
             verbose=0,
         ),
     )
@@ -279,8 +277,8 @@ def run_beside(
 class _Titles(Callback):
     """A line for each trial that ends."""
 
-    def __init__(self, titles: Sequence[str], say: Say) -> None:
-        self._titles, self._say, self._ended = titles, say, 0
+    def __init__(self, titles: Sequence[str]) -> None:
+        self._titles, self._ended = titles, 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, "done")
@@ -290,7 +288,7 @@ class _Titles(Callback):
 
     def _end(self, trial: Any, how: str) -> None:
         self._ended += 1
-        self._say(f"{self._ended}/{len(self._titles)} {self._titles[trial.config['number']]}: {how}")
+        print(f"{self._ended}/{len(self._titles)} {self._titles[trial.config['number']]}: {how}", flush=True)
 
 
 class _Trial(tune.Trainable):

@@ -52,7 +52,7 @@ class Segmentation(Tuning):
         found = cls(trained, config, folder.absolute(), train, test, task)
         if output is None:
             found = replace(found, folder=Path(f"{found.folder}-{found.name}"))
-        found.check_batch()
+        found.check_batch(True)
         found._refuse_other()
         return found
 

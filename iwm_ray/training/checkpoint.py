@@ -54,6 +54,7 @@ from iwm_ray.training.optimizer import expected_moments, moments, set_moments
 
 NUM_KEPT = 2
 """newest intact checkpoints that are kept; the best one is kept besides"""
+_DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 _LIBRARIES = ("iwm_ray", "torch", "timm", "safetensors", "numpy")
 _log = logging.getLogger(__name__)
 
@@ -443,7 +444,7 @@ def _read_tensors(found: Found, name: str, expected: dict[str, Tensor]) -> dict[
         with safe_open(found.path / name, "pt") as file:
             parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dictionary)
             there = {key: _size(part.get_dtype(), part.get_shape()) for key, part in parts.items()}
-            wanted = {key: _size("F32", tensor.shape) for key, tensor in expected.items()}
+            wanted = {key: _size(_DTYPES[tensor.dtype], tensor.shape) for key, tensor in expected.items()}
             differing = [
                 f"{key} {there.get(key, 'missing')} != {wanted.get(key, 'none')}"
                 for key in wanted | there
