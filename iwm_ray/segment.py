@@ -29,9 +29,10 @@ def _main(arguments: Sequence[str]) -> None:
     from iwm_ray.driver import Stop
     from iwm_ray.segmentation.experiment import Segmentation
     from iwm_ray.trained import Trained
-    from iwm_ray.tuning_driver import preflight
+    from iwm_ray.tuning_driver import CachedTokens, preflight
 
-    segmentation = Segmentation.open(Trained.open(options.run, options.checkpoint), config, options.output)
+    trained = Trained.open(options.run, options.checkpoint)
+    segmentation = Segmentation.open(trained, config, options.output, CachedTokens(trained, config))
     resources = preflight(segmentation)
     if options.dry_run:
         print("\n".join([*plan_lines(segmentation), f"  resources  {resources}"]))

@@ -13,10 +13,10 @@ from iwm_ray import driver, summary
 from iwm_ray.config import Config
 from iwm_ray.driver import TRACKER_STATUS, Stop, beside
 from iwm_ray.errors import RunError, UsageError
-from iwm_ray.evaluation.encoders import LAST, RunEncoder
+from iwm_ray.evaluation.encoders import LAST, FrozenEncoder
 from iwm_ray.evaluation.features import Features
 from iwm_ray.finetuning.arms import Arm
-from iwm_ray.finetuning.data import ImageRows
+from iwm_ray.finetuning.data import Images
 from iwm_ray.finetuning.experiment import cache_of
 from iwm_ray.finetuning.settings import TuningConfig
 from iwm_ray.finetuning.tuning import ArmTraining, Tuning, work
@@ -39,14 +39,14 @@ class CachedTokens:
     trained: Trained
     config: TuningConfig
 
-    def __call__(self, encoder: RunEncoder, rows: ImageRows) -> Features:
-        """See experiment.Extract."""
+    def __call__(self, encoder: FrozenEncoder, images: Images) -> Features:
+        """See data.Extract."""
         found = extract(
             encoder,
-            rows.index,
-            rows.samples,
+            images.index,
+            images.samples,
             runtime=self.config.runtime,
-            limits=rows.limits,
+            limits=images.limits,
             cache=cache_of(self.trained, self.config),
             pooled=False,
         )
@@ -77,6 +77,7 @@ def run(tuning: Tuning, stop: Stop | None, debug: bool = False) -> None:
         SystemExit: a signal stopped it, after saving.
     """
     RunDirectory(tuning.folder).stop_request.unlink(missing_ok=True)
+    track(tuning, {}, ())  # the parent of the arms' MLflow runs
     config = _asked(tuning)
     if tuning.config.runtime.arms == "tune":
         from iwm_ray.runtime import tune

@@ -274,3 +274,58 @@ def test_a_stopped_segmentation_goes_on_to_the_same_bits(clean_run, shapes, tmp_
         assert train_here(training, work).status == "finished"
         contents.append(next(tmp_path.glob(f"{name}/adapters/*/segmenter.safetensors")).read_bytes())
     assert contents[0] == contents[1]
+
+
+def test_cached_tokens_are_those_of_the_images(clean_run, shapes, tmp_path):
+    """On a larger grid than in pretraining, mirrored as the mask is; an image that cannot be decoded counts for nothing."""
+    root = tmp_path / "shapes"
+    shutil.copytree(shapes, root)
+    (root / "images/train/05.jpg").write_bytes(b"no picture")
+    config = SegmentConfig(
+        data=SegmentDataConfig(**paths(root)),
+        steps=3,
+        batch_size=16,
+        image_size=64,
+        augment={"crop_area": 1.0},
+    )
+    runtime = config.runtime.model_copy(update={"token_gigabytes": 0.0})
+    trained = Trained.open(clean_run)
+    cached = Segmentation.open(trained, config, tmp_path / "cached")
+    read = Segmentation.open(trained, config.model_copy(update={"runtime": runtime}), tmp_path / "read")
+    arm = cached.finals()[0]
+    assert cached.has_tokens(arm) and not read.has_tokens(arm)
+    cropped = config.model_copy(update={"augment": config.augment.model_copy(update={"crop_area": 0.5})})
+    assert not Segmentation.open(trained, cropped, tmp_path / "cropped").has_tokens(arm)
+    ours, theirs = cached.rows(arm), read.rows(arm)
+    encoder, blank = cached.assemble(arm).encoder, 0
+    for step in range(3):
+        counters = np.arange(step * 16, step * 16 + 16)
+        one, other = ours.rows(counters), theirs.rows(counters)
+        np.testing.assert_array_equal(one["labels"], other["labels"])
+        with torch.no_grad():
+            expected = encoder(torch.from_numpy(other["inputs"])).numpy()
+        ignored = (one["labels"] == 255).all((1, 2))
+        assert one["inputs"].shape == (16, 64, 64)
+        np.testing.assert_allclose(one["inputs"][~ignored], expected[~ignored], atol=1e-4)
+        blank += int(ignored.sum())
+    assert blank == 1
+
+
+def test_a_segmentation_from_cached_tokens(clean_run, shapes, tmp_path):
+    options = [
+        "--steps",
+        4,
+        "--batch-size",
+        8,
+        "--seeds",
+        0,
+        "--augment.crop-area",
+        1,
+        "--output",
+        tmp_path / "out",
+    ]
+    cache = ["--runtime.cache", tmp_path / "cache"]
+    assert segment(clean_run, *data(shapes), *options, *cache) == 0
+    facts = [json.loads(path.read_text()) for path in (tmp_path / "out/arms").glob("*.json")]
+    assert [each["inputs"] for each in facts] == ["tokens", "tokens"]
+    assert len(list((tmp_path / "cache/features").iterdir())) == 2

@@ -1,6 +1,6 @@
 """Labelled images of one or several tasks: as cached tokens of a frozen encoder, or as images read at every step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +18,7 @@ from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
 from iwm_ray.data.read import Reader
 from iwm_ray.errors import RunError, UsageError
-from iwm_ray.evaluation.encoders import RunEncoder
+from iwm_ray.evaluation.encoders import FrozenEncoder
 from iwm_ray.evaluation.features import Features, measuring
 from iwm_ray.feed import Columns
 from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
@@ -266,28 +266,52 @@ def _open_task(
     return task
 
 
-def encode(encoder: RunEncoder, rows: ImageRows, batch_size: int = _READ_AT_ONCE) -> Features:
-    """Tokens of a frozen encoder for every readable image, in the order of the rows; in this process, on the CPU.
+class Images(Protocol):
+    """Some images of a data set."""
+
+    @property
+    def index(self) -> Index: ...
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """`[k]` sample numbers in the index."""
+        ...
+
+    @property
+    def limits(self) -> DecodeLimits: ...
+
+
+Extract = Callable[[FrozenEncoder, Images], Features]
+"""makes the tokens `[k n d]` of a frozen encoder for those of the images that can be read"""
+
+
+def encode(encoder: FrozenEncoder, images: Images, batch_size: int = _READ_AT_ONCE) -> Features:
+    """Tokens of a frozen encoder for every readable image, in their order; in this process, on the CPU.
 
     Args:
         encoder: whose tokens.
-        rows: whole images, not augmented.
+        images: as they are.
         batch_size: images in one forward pass.
     """
-    model = encoder.load()
-    values, labels, samples = [], [], []
+    model, reader = encoder.load(), Reader(images.index)
+    values, samples = [], []
     with measuring(model):
-        for drawn in in_order(rows, batch_size):
-            values.append(model.tokens(drawn.inputs)[0].numpy())
-            labels.append(drawn.labels.numpy())
-            samples.append(drawn.samples)
-    return Features(
-        np.concatenate(values),
-        np.concatenate(labels),
-        np.concatenate(samples),
-        rows.index.class_names,
-        encoder.hash,
-    )
+        for places in _in_parts(len(images.samples), batch_size):
+            views, found = [], []
+            for sample, data in zip(
+                images.samples[places], reader.read_many(images.samples[places]), strict=True
+            ):
+                with suppress(Undecodable):
+                    if isinstance(data, Undecodable):
+                        raise data
+                    views.append(_channels_first(encoder.view(decode(data, images.limits))))
+                    found.append(sample)
+            if found:
+                values.append(model.tokens(torch.stack(views))[0].numpy())
+                samples.append(np.array(found))
+    known = np.concatenate(samples)
+    labels, names = images.index.labels[known].astype(np.int64), images.index.class_names
+    return Features(np.concatenate(values), labels, known, names, encoder.hash)
 
 
 def in_order(split: Split, batch_size: int) -> Iterator[Drawn]:

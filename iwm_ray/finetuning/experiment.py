@@ -1,7 +1,7 @@
 """A finetuning for classes of whole images: its data, cached tokens, networks and results."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,17 +17,24 @@ from iwm_ray.evaluation.features import Features, model_device
 from iwm_ray.finetuning import adapter
 from iwm_ray.finetuning.arms import Arm, ArmResult, Family, families, read_result, write_result
 from iwm_ray.finetuning.classification import ClassObjective, measure
-from iwm_ray.finetuning.data import ImageRows, Split, Steps, Task, TokenRows, alternate, encode, open_tasks
+from iwm_ray.finetuning.data import (
+    Extract,
+    ImageRows,
+    Split,
+    Steps,
+    Task,
+    TokenRows,
+    alternate,
+    encode,
+    open_tasks,
+)
 from iwm_ray.finetuning.fit import Fitted
 from iwm_ray.finetuning.model import Asking, Tuned, assemble, weights_hash
 from iwm_ray.finetuning.settings import FinetuneConfig, TuningConfig
-from iwm_ray.finetuning.tuning import Tuning
+from iwm_ray.finetuning.tuning import Tuning, tokens_fit
 from iwm_ray.run_directory import write_json
 from iwm_ray.trained import Trained
 from iwm_ray.training.loop import autocast
-
-Extract = Callable[[RunEncoder, ImageRows], Features]
-"""the tokens `[k n d]` of a frozen encoder for the readable images of some rows"""
 
 
 @dataclass(frozen=True)
@@ -211,16 +218,15 @@ class Experiment(Tuning):
         return train, judged
 
     def _keeps_tokens(self) -> bool:
-        """Whether all tokens fit into the memory meant for them."""
-        run, config = self.trained.config, self.config
+        """Whether tokens can be computed once, and fit on the disk that is meant for them."""
+        config = self.config
         if not config.augment.keeps_tokens:
             return False
         copies = 2 if config.augment.flip_probability else 1
         images = sum(copies * len(task.train) + len(task.test) for task in self.tasks.values())
         with torch.device("meta"):
-            width = self.trained.untrained().encoder.width
-        num_bytes = images * run.grid[0] * run.grid[1] * width * 4
-        return num_bytes <= config.runtime.token_gigabytes * 1e9
+            encoder = self.trained.untrained().encoder
+        return tokens_fit(encoder, images, config.runtime)
 
     def _cached(self, whole: ImageRows, part: ImageRows, flip_probability: float) -> TokenRows:
         """Tokens of some rows of a split whose tokens are extracted whole, once."""

@@ -75,11 +75,6 @@ class TuningRuntimeConfig(RuntimeConfig):
     """engine local: processes that decode and augment images; 0: this process does"""
     cache: str = ""
     """folder of data indices and tokens; empty: that of the run. On several nodes: on shared storage"""
-
-
-class FinetuneRuntimeConfig(TuningRuntimeConfig):
-    """Where and how fast: nothing here changes results beyond floating-point rounding."""
-
     token_gigabytes: NonNegativeFloat = 4.0
     """disk for the tokens of frozen encoders; what would need more is encoded anew at every step"""
 
@@ -160,7 +155,6 @@ class FinetuneConfig(TuningConfig):
     """with several data sets: tune for each of them alone too, with the same number of its batches"""
     data: FinetuneDataConfig = FinetuneDataConfig()
     augment: AugmentConfig = AugmentConfig()
-    runtime: FinetuneRuntimeConfig = FinetuneRuntimeConfig()
 
     @model_validator(mode="after")
     def _weights_fit_the_data(self) -> Self:

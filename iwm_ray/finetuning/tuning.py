@@ -17,12 +17,19 @@ from iwm_ray.finetuning.fit import ArmRecord, Between, Fitted, Objective, TuneSt
 from iwm_ray.finetuning.model import Tuned
 from iwm_ray.finetuning.settings import TuningConfig, TuningRuntimeConfig
 from iwm_ray.loader import to_tensors
+from iwm_ray.model.encoder import Encoder
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.trained import Trained
 from iwm_ray.workers import OpenColumns, Outcome, Worker, begin, guarded, resume, shared
 
 Train = Callable[[Sequence[Arm]], bool]
 """trains arms, whose results then are in the folder; False: it was stopped before the end"""
+
+
+def tokens_fit(encoder: Encoder, num_images: int, runtime: TuningRuntimeConfig) -> bool:
+    """Whether the tokens of so many images fit on the disk that is meant for them."""
+    num_bytes = 2 * num_images * encoder.grid[0] * encoder.grid[1] * encoder.width
+    return num_bytes <= runtime.token_gigabytes * 1e9
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
 from iwm_ray.data.read import Reader
 from iwm_ray.errors import UsageError
+from iwm_ray.evaluation.features import Features
 from iwm_ray.feed import Columns
 from iwm_ray.randomness import uniforms
 from iwm_ray.segmentation.settings import SegmentAugmentConfig, SegmentConfig
@@ -108,6 +109,25 @@ class Pairs:
                 readable[i] = True
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(masks), readable
 
+    def read_masks(
+        self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The masks alone, as `read` gives them where `crop_area` is 1.
+
+        Returns:
+            `[b s s]` classes, and `[b]` whether image and mask are mirrored.
+        """
+        masks = np.empty((len(places), self.size, self.size), np.uint8)
+        flipped = np.zeros(len(places), np.bool_)
+        for i, sample in enumerate(self.samples[places]):
+            mask = self.classes.lookup[read_mask(self.mask_path(int(sample)))]
+            masks[i] = nearest(mask, self.size, self.size)
+            if self.augment is not None:
+                draws = uniforms(seed, int(epochs[i]), np.array([sample]), "segment", 4)[0]
+                flipped[i] = draws[3] < self.augment.flip_probability
+        masks[flipped] = masks[flipped, :, ::-1]
+        return masks, flipped
+
     def part(self, start: int, stop: int) -> "Pairs":
         """Pairs `start` to `stop` - 1 alone."""
         return replace(self, samples=self.samples[start:stop])
@@ -128,6 +148,8 @@ class PairSteps:
     pairs: Pairs
     batch_size: int
     seed: int
+    tokens: tuple[Features, ...] = ()
+    """of the images and, with flips, of their mirror images; empty: images are read"""
 
     @property
     def row_bytes(self) -> int:
@@ -135,10 +157,32 @@ class PairSteps:
         return 4 * self.pairs.size**2
 
     def rows(self, counters: NDArray[np.int64]) -> Columns:
-        """`[b]` counters -> `counter [b]`, `inputs [b 3 s s]`, `labels [b s s]` (see Pairs.read)."""
+        """`[b]` counters -> `counter [b]`, `inputs [b 3 s s]` or `[b n d]` float32, `labels [b s s]` (see Pairs.read)."""
         plan = Plan(self.seed, len(self.pairs), self.batch_size)
-        images, masks, _ = self.pairs.read(plan.samples(counters), plan.locate(counters)[0], self.seed)
-        return {"counter": counters, "inputs": images.numpy(), "labels": masks.numpy()}
+        places, epochs = plan.samples(counters), plan.locate(counters)[0]
+        if self.tokens:
+            masks, flipped = self.pairs.read_masks(places, epochs, self.seed)
+            inputs = self._read_tokens(places, masks, flipped)
+            return {"counter": counters, "inputs": inputs, "labels": masks}
+        images, classes, _ = self.pairs.read(places, epochs, self.seed)
+        return {"counter": counters, "inputs": images.numpy(), "labels": classes.numpy()}
+
+    def _read_tokens(
+        self, places: NDArray[np.int64], masks: NDArray[np.uint8], flipped: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """`[b n d]`; where an image could not be decoded 0, and its mask becomes IGNORED."""
+        inputs = np.zeros((len(places), *self.tokens[0].values.shape[1:]), np.float32)
+        for i, sample in enumerate(self.pairs.samples[places]):
+            at = self._place_of.get(int(sample))
+            if at is None:
+                masks[i] = IGNORED
+            else:
+                inputs[i] = self.tokens[int(flipped[i])].values[at]
+        return inputs
+
+    @cached_property
+    def _place_of(self) -> dict[int, int]:
+        return {int(sample): place for place, sample in enumerate(self.tokens[0].samples)}
 
 
 def cut(

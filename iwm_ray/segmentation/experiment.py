@@ -3,23 +3,26 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from iwm_ray.errors import RunError, UsageError
+from iwm_ray.evaluation.features import Features
 from iwm_ray.finetuning.arms import Arm, Family
+from iwm_ray.finetuning.data import Extract, encode
 from iwm_ray.finetuning.experiment import cache_of
 from iwm_ray.finetuning.fit import Fitted
 from iwm_ray.finetuning.model import Start, Tuned
-from iwm_ray.finetuning.tuning import Tuning
+from iwm_ray.finetuning.tuning import Tuning, tokens_fit
 from iwm_ray.run_directory import write_json
 from iwm_ray.segmentation import segmenter
 from iwm_ray.segmentation.data import Pairs, PairSteps, open_pairs
-from iwm_ray.segmentation.network import PixelObjective, assemble, image_size, measure, predict
+from iwm_ray.segmentation.network import PixelObjective, WholeEncoder, assemble, image_size, measure, predict
 from iwm_ray.segmentation.settings import SegmentConfig
 from iwm_ray.segmentation.summary import miou
 from iwm_ray.trained import Trained
@@ -37,9 +40,15 @@ class Segmentation(Tuning):
     test: Pairs
     task: str
     """name of the data, in metrics and of the folder"""
+    extract: Extract = encode
+    """how cached tokens are made: `encode` in this process, or what the runtime offers"""
+    _tokens: dict[str, Features] = field(default_factory=dict)
+    """what has been extracted so far"""
 
     @classmethod
-    def open(cls, trained: Trained, config: SegmentConfig, output: Path | None) -> "Segmentation":
+    def open(
+        cls, trained: Trained, config: SegmentConfig, output: Path | None, extract: Extract = encode
+    ) -> "Segmentation":
         """Opens the data and checks what can be checked before anything is trained.
 
         Raises:
@@ -49,7 +58,7 @@ class Segmentation(Tuning):
         train, test = open_pairs(config, trained.config, size, cache_of(trained, config))
         task = _task_name(config.data.path)
         folder = output or trained.run.path / "finetune" / f"segment-{task}"
-        found = cls(trained, config, folder.absolute(), train, test, task)
+        found = cls(trained, config, folder.absolute(), train, test, task, extract)
         if output is None:
             found = replace(found, folder=Path(f"{found.folder}-{found.name}"))
         found.check_batch(True)
@@ -60,6 +69,10 @@ class Segmentation(Tuning):
     def name(self) -> str:
         parts = [self.trained.hash, self.train.index.hash, self.test.index.hash, *self.train.classes.names]
         return self.config.hash(*parts, repr(self.train.classes.table))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tokens stay here: who gets a copy maps them himself."""
+        return self.__dict__ | {"_tokens": {}}
 
     def start(self) -> None:
         """Records the configuration in the folder."""
@@ -104,7 +117,8 @@ class Segmentation(Tuning):
 
     def rows(self, arm: Arm) -> PairSteps:
         train, _ = self._splits(arm)
-        return PairSteps(replace(train, augment=self.config.augment), self.batch_size, arm.seed)
+        tokens = self._features() if self.has_tokens(arm) else ()
+        return PairSteps(replace(train, augment=self.config.augment), self.batch_size, arm.seed, tokens)
 
     def _splits(self, arm: Arm) -> tuple[Pairs, Pairs]:
         """What an arm is trained and judged on."""
@@ -114,10 +128,29 @@ class Segmentation(Tuning):
         return self.train.part(0, kept), self.train.part(kept, len(self.train))
 
     def has_tokens(self, arm: Arm) -> bool:
-        return False  # crops and flips are others at every step
+        """Crops are others at every step; whole images, mirrored or not, are not."""
+        if arm.tune != "predictor" or self.config.augment.crop_area < 1:
+            return False
+        with torch.device("meta"):
+            encoder = self.trained.untrained().encoder
+        encoder.grid = (self.train.size // encoder.patch_size,) * 2
+        copies = 2 if self.config.augment.flip_probability else 1
+        return tokens_fit(encoder, copies * len(self.train), self.config.runtime)
 
     def prepare(self, arms: Sequence[Arm]) -> None:
-        """Nothing is shared but the images."""
+        """Has the tokens extracted, if one of these arms needs them."""
+        if any(map(self.has_tokens, arms)):
+            self._features()
+
+    def _features(self) -> tuple[Features, ...]:
+        """Tokens of the training images and, with flips, of their mirror images."""
+        found = []
+        for mirrored in (False, True) if self.config.augment.flip_probability else (False,):
+            encoder = WholeEncoder(self.trained, self.config.encoder, self.train.size, mirrored)
+            if encoder.hash not in self._tokens:
+                self._tokens[encoder.hash] = self.extract(encoder, self.train)
+            found.append(self._tokens[encoder.hash])
+        return tuple(found)
 
     def judge(self, arm: Arm, tuned: Tuned, fitted: Fitted) -> None:
         """Counts right pixels; keeps, of the first seed, predictions for the picture and, but for controls, the
@@ -136,6 +169,7 @@ class Segmentation(Tuning):
         np.save(place.with_suffix(".npy"), counts)
         facts = {
             "trained_parameters": tuned.num_trained,
+            "inputs": "tokens" if self.has_tokens(arm) else "images",
             "loss": fitted.loss,
             "images_per_second": fitted.num_images / fitted.seconds,
             "peak_memory": fitted.peak_memory,

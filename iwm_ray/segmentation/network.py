@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from iwm_ray.config import RuntimeConfig
 from iwm_ray.errors import RunError, UsageError
-from iwm_ray.evaluation.features import measuring, model_device
+from iwm_ray.evaluation.encoders import RunTokens, TokenModel
+from iwm_ray.evaluation.features import digest, measuring, model_device
 from iwm_ray.finetuning.fit import Columns
 from iwm_ray.finetuning.model import Query, Start, Tuned, random_predictor, seeded
 from iwm_ray.finetuning.settings import Tune
@@ -23,6 +25,7 @@ from iwm_ray.segmentation.data import IGNORED, Pairs
 from iwm_ray.segmentation.settings import HeadName, SegmentConfig
 from iwm_ray.trained import Trained
 from iwm_ray.training.loop import autocast
+from iwm_ray.views.resize import resize
 
 TASK = "pixels"
 """the one task of the network"""
@@ -69,6 +72,34 @@ def assemble(
     return Tuned(encoder, predictor, {TASK: head}, {}, is_frozen=tune == "predictor")
 
 
+@dataclass(frozen=True)
+class WholeEncoder:
+    """An encoder of a run that reads whole images, resized to squares of any size (see encoders.FrozenEncoder)."""
+
+    trained: Trained
+    which: Literal["target", "context"]
+    image_size: int
+    mirrored: bool = False
+    """tokens of the horizontally flipped images"""
+
+    @property
+    def name(self) -> str:
+        return f"{self.trained.run.path.name}, {self.which} encoder, step {self.trained.step}"
+
+    @property
+    def hash(self) -> str:
+        return digest("whole-1", self.trained.hash, self.which, self.image_size, self.mirrored)
+
+    def view(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return resize(image, self.image_size)
+
+    def load(self) -> TokenModel:
+        model = self.trained.load()
+        encoder = model.target_encoder if self.which == "target" else model.encoder
+        spread_positions(encoder, None, self.image_size // encoder.patch_size)
+        return RunTokens(encoder, False, self.mirrored)
+
+
 def spread_positions(encoder: Encoder, predictor: Predictor | None, side: int) -> None:
     """Fits a model to a grid of side x side patches: its fixed positions keep the extent that it knows.
 
@@ -91,16 +122,17 @@ def make_head(kind: HeadName, encoder: Encoder, num_classes: int) -> nn.Module:
     return kinds[kind](encoder.width, num_classes, encoder.grid)
 
 
-def logits(forward: nn.Module, images: Tensor, action_dim: int) -> Tensor:
-    """`[b 3 s s]` uint8 images -> `[b c s s]` float32; the predictor is asked with the null action.
+def logits(forward: nn.Module, inputs: Tensor, action_dim: int, side: int) -> Tensor:
+    """`[b c s s]` float32 of every pixel; the predictor is asked with the null action.
 
     Args:
         forward: the network, or DDP around it.
-        images: of the network's size.
+        inputs: `[b 3 s s]` uint8 images, or `[b n d]` tokens of the network's encoder.
         action_dim: length of an action.
+        side: of the images, pixels.
     """
-    query = Query(torch.zeros(len(images), action_dim, device=images.device))
-    return upsample(forward(images, TASK, query).float(), (images.shape[2], images.shape[3]))
+    query = Query(torch.zeros(len(inputs), action_dim, device=inputs.device))
+    return upsample(forward(inputs, TASK, query).float(), (side, side))
 
 
 @dataclass(frozen=True)
@@ -113,7 +145,9 @@ class PixelObjective:
         return (columns["labels"] != IGNORED).sum()
 
     def loss(self, tuned: Tuned, forward: nn.Module, columns: Columns, step: int) -> Tensor:
-        return pixel_loss(logits(forward, columns["inputs"], self.action_dim), columns["labels"].long())
+        classes = columns["labels"].long()
+        predicted = logits(forward, columns["inputs"], self.action_dim, classes.shape[1])
+        return pixel_loss(predicted, classes)
 
 
 def pixel_loss(predicted: Tensor, classes: Tensor) -> Tensor:
@@ -131,7 +165,7 @@ def predict(
         raise RunError(f"not one of {len(places)} images in turn could be decoded; look at the data")
     device = model_device(tuned)
     with measuring(tuned), autocast(runtime, device):
-        predicted = logits(tuned, images.to(device), action_dim).argmax(1).cpu()
+        predicted = logits(tuned, images.to(device), action_dim, pairs.size).argmax(1).cpu()
     return images, classes, predicted
 
 

@@ -58,7 +58,8 @@ class Segmenter:
                 f"images {images.dtype} {list(images.shape)}: needs uint8 [b 3 {side} {side}]; resize them"
             )
         with measuring(self.tuned):
-            return logits(self.tuned, images.to(model_device(self.tuned)), self.action_dim).argmax(1)
+            pixels = images.to(model_device(self.tuned))
+            return logits(self.tuned, pixels, self.action_dim, side).argmax(1)
 
 
 def save(

@@ -42,7 +42,8 @@ class SegmentAugmentConfig(_Part):
     flip_probability: Fraction = 0.5
     """horizontal flip"""
     crop_area: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """smallest area of a random window with the image's aspect, fraction of the image"""
+    """smallest area of a random window with the image's aspect, fraction of the image; 1: the whole image, so that
+    tokens of a frozen encoder are computed once"""
 
 
 class SegmentConfig(TuningConfig):
