@@ -15,6 +15,7 @@ from iwm_ray.config import Config, RuntimeConfig
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan
+from iwm_ray.data.quarantine import Quarantine
 from iwm_ray.data.read import Reader
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.feed import Feed, Image
@@ -97,7 +98,7 @@ def build(config: Config, run: RunDirectory, progress: Callable[[int], None] | N
         limits=DecodeLimits.from_config(config.data),
         where=config.views.where,
         log=ActionLog(run.actions, run.path.name, config.tracking.action_log_fraction),
-        quarantine=run.quarantine,
+        quarantine=Quarantine(run.quarantine),
     )
     with torch.device("meta"):  # a wrong name or size is found here, not in a worker
         width = build_model(config, policy.action_dim).encoder.width

@@ -18,10 +18,17 @@ from iwm_ray.feed import Columns, Rows
 from iwm_ray.views.device import device_views
 from iwm_ray.views.policy import ViewPolicy
 
+_IMAGES = 4  # dimensions of an image column
+
 
 def to_tensors(columns: Columns) -> dict[str, Tensor]:
-    """The same columns as CPU tensors; memory is shared where it may be written."""
-    return {name: torch.from_numpy(_writeable(values)) for name, values in columns.items()}
+    """The same columns as CPU tensors. Images share the memory of their columns, which may be an object in Ray's store:
+    nobody writes to them. The others are copied where they may not be written, since a step's counters are kept for
+    longer than its images, and would keep those in the store."""
+    return {
+        name: torch.from_numpy(_alias(values) if values.ndim == _IMAGES else _writeable(values))
+        for name, values in columns.items()
+    }
 
 
 def to_batch(columns: dict[str, Tensor], policy: ViewPolicy, device: torch.device) -> Batch:
@@ -91,6 +98,18 @@ class _Steps(Dataset[dict[str, Tensor]]):
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         size = self.batch_size
         return to_tensors(self.feed.rows(np.arange(step * size, (step + 1) * size)))
+
+
+def _alias(values: NDArray[Any]) -> NDArray[Any]:
+    """The same memory without the flag that it may not be written, at which torch would warn."""
+    return values if values.flags.writeable else np.asarray(_Memory(values))
+
+
+class _Memory:
+    def __init__(self, values: NDArray[Any]) -> None:
+        self._values = values  # kept alive
+        address, _ = values.__array_interface__["data"]
+        self.__array_interface__ = values.__array_interface__ | {"data": (address, False)}
 
 
 def _writeable(values: NDArray[Any]) -> NDArray[Any]:

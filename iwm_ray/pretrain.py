@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iwm_ray import cli
 from iwm_ray.config import Config
@@ -66,6 +66,8 @@ def pretrain(setup: "Setup", debug: bool = False) -> None:
         forget_mended_samples(setup)
         with tracker_of(setup) as tracker:
             outcome = summary.finished(setup.run) or _train(setup, stop, debug)
+            if setup.feed.quarantine and outcome.status != "failed":
+                setup.feed.quarantine.clear_marks()
             result = summary.summarise(setup, outcome)
             for picture in sorted(setup.run.pictures.glob("*.png")):
                 tracker.log_picture(picture)
@@ -87,16 +89,25 @@ def _build(config: Config, run: RunDirectory) -> "Setup":
 
 def forget_mended_samples(setup: "Setup") -> None:
     """Takes samples that can be read again off the quarantine: they were mended, or their storage was away."""
-    from iwm_ray.data.decode import Undecodable
-
-    records, bad = setup.run.quarantined(), []
-    for record in records:
-        try:
-            setup.feed.image(setup.feed.index.find(record["row_id"]))
-        except Undecodable:
-            bad.append(record)
+    records = setup.run.quarantined()
+    bad = [record for record in records if not _is_mended(setup, record)]
     if len(bad) < len(records):
         setup.run.quarantine.write_text("".join(json.dumps(record) + "\n" for record in bad))
+
+
+def _is_mended(setup: "Setup", record: Mapping[str, Any]) -> bool:
+    from iwm_ray.data.decode import Undecodable
+    from iwm_ray.data.read import Reader
+    from iwm_ray.data.taster import deadly
+
+    feed, sample = setup.feed, setup.feed.index.find(record["row_id"])
+    if record.get("deadly") and deadly(Reader(feed.index).read_many([sample]), feed.limits):
+        return False
+    try:
+        feed.image(sample)
+    except Undecodable:
+        return False
+    return True
 
 
 def tracker_of(setup: "Setup", more_tags: Mapping[str, str] | None = None) -> "NullTracker":

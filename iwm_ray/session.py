@@ -235,11 +235,12 @@ def measure(setup: Setup, model: IWM, reporter: Reporter) -> None:
 
 
 def _measure_world_model(setup: Setup, model: IWM) -> dict[str, float]:
-    """MRR and its gallery; nothing where the views know no jitter, so that no two of a bank would differ."""
+    """MRR and its gallery; nothing where the views know no jitter, so that no two of a bank would differ, or where
+    pixels are predicted, which no bank of tokens holds."""
     from iwm_ray.pictures.retrieval import retrieval_gallery
 
     config, policy = setup.config, setup.policy
-    if not any(field.scale for field in policy.target_jitter.fields):
+    if config.predictor.target == "pixels" or not any(field.scale for field in policy.target_jitter.fields):
         return {}
     held = hold(setup, setup.test_index or setup.feed.index, config.monitor.mrr_images, "mrr")
     mrr = measure_mrr(model, held.images, policy, seed=config.seed, num_views=config.monitor.mrr_views)

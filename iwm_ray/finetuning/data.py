@@ -56,7 +56,7 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     @property
-    def row_bytes(self) -> int: ...
+    def view_bytes(self) -> int: ...
 
     def rows(self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int) -> Drawn:
         """`[b]` places in the split and passes over it -> these rows, augmented by draws of that seed."""
@@ -82,7 +82,7 @@ class ImageRows:
         return len(self.samples)
 
     @property
-    def row_bytes(self) -> int:
+    def view_bytes(self) -> int:
         """Bytes of an image."""
         return 3 * self.size**2
 
@@ -141,7 +141,7 @@ class TokenRows:
         return len(self.plain.labels)
 
     @property
-    def row_bytes(self) -> int:
+    def view_bytes(self) -> int:
         """Bytes of an image's tokens."""
         return 4 * int(np.prod(self.plain.values.shape[1:]))
 
@@ -347,7 +347,12 @@ class Steps:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row, nearly."""
-        return (2 if self.has_partners else 1) * max(split.row_bytes for split in self.tasks)
+        return (2 if self.has_partners else 1) * self.view_bytes
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of a row in its largest column."""
+        return max(split.view_bytes for split in self.tasks)
 
     def rows(self, counters: NDArray[np.int64]) -> Columns:
         """Rows of one step.

@@ -24,7 +24,7 @@ from iwm_ray.finetuning.model import Start, Tuned, parameter_groups
 from iwm_ray.finetuning.settings import TuningConfig
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.training import checkpoint
-from iwm_ray.training.loop import autocast
+from iwm_ray.training.loop import autocast, choose_attention
 from iwm_ray.training.metrics_log import MetricsLog
 from iwm_ray.training.optimizer import expected_moments, set_moments
 from iwm_ray.workers import Worker, agree_to_stop, checkpoint_every
@@ -123,6 +123,7 @@ class TuneState:
         if tuning.runtime.compile:
             tuned.compile(dynamic=False)
         device = model_device(tuned)
+        choose_attention(tuned, tuning.runtime, device)
         skipped = torch.zeros(2, dtype=torch.int64, device=device)
         memory = Memory(device)
         return cls(tuned, optimizer, tuning, lr, record, total_steps, 0, skipped, [], 0.0, memory)

@@ -188,7 +188,7 @@ def assemble(
     encoder = deepcopy(model.target_encoder if config.encoder == "target" else model.encoder)
     predictor = None
     if start == "pretrained":
-        predictor = deepcopy(model.predictor)
+        predictor = pretrained_predictor(trained, model, encoder, seed)
     elif start == "random":
         predictor = random_predictor(trained, encoder, seed)
     heads: dict[str, nn.Module] = {}
@@ -204,6 +204,18 @@ def assemble(
     if tune != "predictor":
         set_drop_path(encoder, config.drop_path)
     return tuned
+
+
+def pretrained_predictor(trained: Trained, model: IWM, encoder: Encoder, seed: int) -> Predictor:
+    """A copy of the run's predictor, from tokens to tokens.
+
+    One that gives pixels (MAE's decoder) gets the control's projection instead of its own: pixels are no representation,
+    and heads read tokens of the encoder's width, whatever the pretraining was.
+    """
+    predictor = deepcopy(model.predictor)
+    if predictor.target == "pixels":
+        predictor.unembed = random_predictor(trained, encoder, seed).unembed
+    return predictor
 
 
 def random_predictor(trained: Trained, encoder: Encoder, seed: int) -> Predictor:
@@ -300,7 +312,7 @@ def parameter_groups(tuned: Tuned, config: Rates, start: Start) -> list[dict[str
         scale = 1.0
         if name.startswith("encoder."):
             scale = config.pretrained_lr_factor * config.layer_decay ** _height_above(tuned.encoder, name)
-        elif name.startswith("predictor.") and start == "pretrained":
+        elif name.startswith("predictor.") and start == "pretrained" and not _is_new(tuned, name):
             scale = config.pretrained_lr_factor
         is_token = name.startswith("task_tokens.") or name.endswith("query")
         decay = config.weight_decay if is_decayed(name, parameter) and not is_token else 0.0
@@ -309,6 +321,12 @@ def parameter_groups(tuned: Tuned, config: Rates, start: Start) -> list[dict[str
         {"params": parameters, "scale": scale, "weight_decay": decay, "lr": 0.0}
         for (scale, decay), parameters in groups.items()
     ]
+
+
+def _is_new(tuned: Tuned, name: str) -> bool:
+    """Whether a parameter of a pretrained predictor starts at random (see pretrained_predictor)."""
+    assert tuned.predictor is not None
+    return tuned.predictor.target == "pixels" and name.startswith("predictor.unembed.")
 
 
 def _height_above(encoder: Encoder, name: str) -> int:

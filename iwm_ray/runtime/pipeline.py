@@ -20,16 +20,14 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.util.annotations import RayDeprecationWarning
 
 from iwm_ray.config import RuntimeConfig
-from iwm_ray.feed import Rows
+from iwm_ray.feed import MAX_KEPT_ARRAY, Rows
 
-# glibc hands out arrays below 32 MiB from memory that it keeps; larger ones come from the system page by page.
-_BLOCK_BYTES = 30 * 2**20
-# Starting a task costs about as much as making two images, so a task makes several blocks where they are small.
-_TASK_BYTES = 2 * _BLOCK_BYTES
+# Starting a task costs about as much as making two images, so a task makes several blocks.
+_TASK_BYTES = 120 * 2**20
 # Ray cuts what a function yields where it exceeds a block's target size: one made for each block, a little smaller.
 _TARGET_SHARE = 0.9
 # Ray needs 0.3 ms to take note of a task, before the first one runs: few enough to start soon, enough for minutes.
-_TASKS_PER_SEGMENT = 2048
+_TASKS_PER_SEGMENT = 1024
 # A task whose process dies (a decoder that crashes, no memory) is tried again this often; Ray's default is for ever.
 _TASK_RETRIES = 3
 
@@ -50,10 +48,10 @@ class Layout:
     """steps of a segment, at most"""
 
     @classmethod
-    def of(cls, row_bytes: int, batch_size: int, num_workers: int, start: int, until: int) -> "Layout":
-        """Blocks and tasks of a good size for rows of so many bytes."""
-        rows = block_rows(row_bytes, batch_size // num_workers)
-        task_rows = rows * max(1, _TASK_BYTES // (rows * row_bytes))
+    def of(cls, feed: Rows, batch_size: int, num_workers: int, start: int, until: int) -> "Layout":
+        """Blocks and tasks of a good size for the rows of this feed."""
+        rows = block_rows(feed, batch_size // num_workers)
+        task_rows = rows * max(1, _TASK_BYTES // (rows * feed.row_bytes))
         segment = max(1, _TASKS_PER_SEGMENT * task_rows // batch_size)
         return cls(start, until, batch_size, rows, task_rows, segment)
 
@@ -69,10 +67,11 @@ class Layout:
         return [range(task, min(task + self.task_rows, last)) for task in range(first, last, self.task_rows)]
 
 
-def block_rows(row_bytes: int, size: int) -> int:
-    """Rows of a block: the largest divisor of a worker's batch that fits in 30 MiB. The splitter deals whole blocks to
-    the workers in turn, so global batch k gets the same samples for every worker count."""
-    most = max(1, _BLOCK_BYTES // row_bytes)
+def block_rows(feed: Rows, size: int) -> int:
+    """Rows of a block: the largest divisor of a worker's batch whose columns fit in memory that is used again (feed.py).
+    The splitter deals whole blocks to the workers in turn, so global batch k gets the same samples for every worker
+    count."""
+    most = max(1, MAX_KEPT_ARRAY // feed.view_bytes)
     return max(rows for rows in range(1, min(size, most) + 1) if size % rows == 0)
 
 
@@ -133,5 +132,8 @@ def _context(block_bytes: int) -> DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.actor_init_retry_on_errors = False
+    context.memory_usage_poll_interval_s = (
+        None  # each look at a task's memory takes as long as making some images
+    )
     context.target_max_block_size = int(block_bytes * _TARGET_SHARE)
     return context

@@ -98,8 +98,8 @@ def _rest(training: Training) -> Dataset:
 def _layout(training: Training, step: int) -> Layout:
     """The rest of the run, from a step on; the driver and all workers must cut it alike."""
     assert training.feed is not None
-    row_bytes, num_workers = training.feed.row_bytes, training.runtime.num_workers
-    return Layout.of(row_bytes, training.batch_size, num_workers, step, training.total_steps)
+    num_workers = training.runtime.num_workers
+    return Layout.of(training.feed, training.batch_size, num_workers, step, training.total_steps)
 
 
 def _cause(error: BaseException) -> str:

@@ -156,6 +156,11 @@ class PairSteps:
         """Bytes of an image and its mask."""
         return 4 * self.pairs.size**2
 
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of an image."""
+        return 3 * self.pairs.size**2
+
     def rows(self, counters: NDArray[np.int64]) -> Columns:
         """`[b]` counters -> `counter [b]`, `inputs [b 3 s s]` or `[b n d]` float32, `labels [b s s]` (see Pairs.read)."""
         plan = Plan(self.seed, len(self.pairs), self.batch_size)

@@ -15,7 +15,7 @@ from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.encoders import RunTokens, TokenModel
 from iwm_ray.evaluation.features import digest, measuring, model_device
 from iwm_ray.finetuning.fit import Columns
-from iwm_ray.finetuning.model import Query, Start, Tuned, random_predictor, seeded
+from iwm_ray.finetuning.model import Query, Start, Tuned, pretrained_predictor, random_predictor, seeded
 from iwm_ray.finetuning.settings import Tune
 from iwm_ray.model.encoder import Encoder, sincos_positions
 from iwm_ray.model.iwm import IWM
@@ -63,7 +63,7 @@ def assemble(
     encoder = deepcopy(model.target_encoder if config.encoder == "target" else model.encoder)
     predictor = None
     if start == "pretrained":
-        predictor = deepcopy(model.predictor)
+        predictor = pretrained_predictor(trained, model, encoder, seed)
     elif start == "random":
         predictor = random_predictor(trained, encoder, seed)
     spread_positions(encoder, predictor, image_size(trained, config) // encoder.patch_size)

@@ -83,7 +83,7 @@ def test_cached_and_streamed_flips_are_the_same(task, model, trained):
 class Numbers:
     """A split of 24 images whose pictures are their numbers."""
 
-    row_bytes = 8
+    view_bytes = 8
 
     def __len__(self):
         return 24

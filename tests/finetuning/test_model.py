@@ -1,8 +1,10 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from iwm_ray.finetuning.model import Asking, draw_paths, parameter_groups, weights_hash
+from iwm_ray.finetuning.model import Asking, assemble, draw_paths, parameter_groups, weights_hash
 
 CPU = torch.device("cpu")
 
@@ -22,6 +24,41 @@ def test_the_control_differs_in_the_predictor_alone(tuned_network, config):
     assert weights_hash(ours.heads) == weights_hash(control.heads)
     assert weights_hash(ours.predictor) != weights_hash(control.predictor)
     assert ours.num_trained == control.num_trained
+
+
+@pytest.fixture
+def decoder(trained, model):
+    """The trained model, as if its predictor had been a decoder of pixels."""
+    pixels = copy.deepcopy(model)
+    pixels.predictor.target = "pixels"
+    pixels.predictor.unembed = torch.nn.Linear(64, 3 * 8 * 8)
+    return pixels
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_decoder_of_pixels_gets_the_projection_of_its_control(trained, decoder, config, seed):
+    ours, control = (
+        assemble(trained, decoder, config, "predictor", start, {"photos": 10}, seed)
+        for start in ("pretrained", "random")
+    )
+    assert weights_hash(ours.predictor.unembed) == weights_hash(control.predictor.unembed)
+    assert weights_hash(ours.predictor.blocks) == weights_hash(decoder.predictor.blocks)
+    assert weights_hash(ours.predictor.blocks) != weights_hash(control.predictor.blocks)
+    assert ours.num_trained == control.num_trained
+    assert ours(images(), "photos", asking(trained).query(4, 0, 0, CPU)).shape == (4, 10)
+    assert decoder.predictor.unembed.out_features == 3 * 8 * 8  # the run's own is left alone
+
+
+def test_what_replaces_the_projection_to_pixels_learns_at_the_full_rate(trained, decoder, config):
+    tuned = assemble(trained, decoder, config, "predictor", "pretrained", {"photos": 10}, 0)
+    names = {id(parameter): name for name, parameter in tuned.named_parameters()}
+    scale = {
+        names[id(parameter)]: group["scale"]
+        for group in parameter_groups(tuned, config, "pretrained")
+        for parameter in group["params"]
+    }
+    assert scale["predictor.unembed.weight"] == scale["predictor.unembed.bias"] == 1
+    assert scale["predictor.embed.weight"] == scale["predictor.norm.weight"] == 0.1
 
 
 def test_another_seed_is_another_head_and_another_control(tuned_network, config):
@@ -155,3 +192,15 @@ def test_draws_belong_to_places(tuned_network, config, trained):
     assert torch.equal(last.kept, kept[4:]) and set(kept.tolist()) <= {0.0, 2.0}
     draw_paths(tuned, 0, 0, np.arange(2000), CPU)
     assert float(last.kept.mean()) == pytest.approx(1, abs=0.1)
+
+
+def test_a_hash_knows_names_shapes_and_values():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 4)
+    before = weights_hash(layer)
+    same = torch.nn.Linear(4, 4)
+    same.load_state_dict(layer.state_dict())
+    assert weights_hash(same) == before
+    with torch.no_grad():
+        layer.weight[0, 0] = np.nextafter(layer.weight[0, 0].item(), 9, dtype=np.float32).item()
+    assert weights_hash(layer) != before
