@@ -164,7 +164,7 @@ def _draws(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> 
 
 
 def _channels_first(image: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
