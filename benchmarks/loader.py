@@ -247,9 +247,9 @@ def ray_data(feed: Feed, config: Config) -> Progress:
     assert feed.log is not None
     os.environ.pop("RAY_ADDRESS", None)
     cluster.connect(config)
-    layout = pipeline.Layout.of(config, feed, 0, 10**6)
+    layout = pipeline.Layout.of(feed, BATCH, 1, 0, 10**6)
     stream = pipeline.stream(feed, layout)
-    stream.context.execution_options = pipeline.execution_options(config)
+    stream.context.execution_options = pipeline.execution_options(config.runtime)
     try:
         for _ in range(layout.num_segments):
             for _ in stream.iter_torch_batches(
@@ -263,7 +263,7 @@ def ray_data(feed: Feed, config: Config) -> Progress:
 def local(feed: Feed) -> Progress:
     from iwm_ray.loader import local_columns
 
-    for number, _ in enumerate(local_columns(feed, 0, 10**6, 2, pin=False), start=1):
+    for number, _ in enumerate(local_columns(feed, BATCH, 0, 10**6, 2, pin=False), start=1):
         yield number * BATCH
 
 

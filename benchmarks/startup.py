@@ -100,7 +100,7 @@ def ours(data: Path, cache: Path) -> dict[str, float]:
     open_again, _ = timed(lambda: build(config, run))
     os.environ.pop("RAY_ADDRESS", None)
     init, _ = timed(lambda: cluster.connect(config))
-    layout = pipeline.Layout.of(config, setup.feed, 0, 10**6)
+    layout = pipeline.Layout.of(setup.feed, setup.batch_size, 1, 0, 10**6)
     begun = cache / "begun"
 
     def blocks(*arguments):
@@ -115,7 +115,7 @@ def ours(data: Path, cache: Path) -> dict[str, float]:
 
     def first() -> None:
         stream = pipeline.stream(setup.feed, layout)
-        stream.context.execution_options = pipeline.execution_options(config)
+        stream.context.execution_options = pipeline.execution_options(config.runtime)
         next(iter(stream.iter_batches(batch_size=BATCH)))
 
     since_asking, _ = timed(first)

@@ -403,7 +403,12 @@ class Config(_Part):
 
     def flat(self) -> dict[str, Any]:
         """Dotted name -> value, as MLflow params and error messages use them."""
-        return dict(_flatten("", self.model_dump(mode="json")))
+        return flat(self.model_dump(mode="json"))
+
+
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Dotted name -> value of a tree of values."""
+    return dict(_flatten("", tree))
 
 
 # Settings that are younger than the first recorded runs: with these values, what those runs did, they leave the hash alone.

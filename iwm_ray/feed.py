@@ -11,7 +11,7 @@ import ctypes
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -37,6 +37,24 @@ MAX_KEPT_ARRAY = _LARGEST_THRESHOLD - 2**16
 
 Image = NDArray[np.uint8]
 Columns = dict[str, NDArray[Any]]
+
+
+class Rows(Protocol):
+    """A stream of rows, each a pure function of its counter; a small value that travels to every data task."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, nearly."""
+        ...
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of a row in its largest column."""
+        ...
+
+    def rows(self, counters: NDArray[np.int64]) -> Columns:
+        """`[b]` places in the stream, all of one step -> columns of b rows; `counter [b]` is one of them."""
+        ...
 
 
 @dataclass(frozen=True)

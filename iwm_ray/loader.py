@@ -1,6 +1,5 @@
 """From rows to batches: tensors on the training device, and the loader of runs without Ray."""
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from iwm_ray.batch import Batch
-from iwm_ray.feed import Columns, Feed
+from iwm_ray.feed import Columns, Rows
 from iwm_ray.views.device import device_views
 from iwm_ray.views.policy import ViewPolicy
 
@@ -54,14 +53,17 @@ def to_batch(columns: dict[str, Tensor], policy: ViewPolicy, device: torch.devic
 
 
 def local_columns(
-    feed: Feed, start: int, until: int, num_processes: int, pin: bool
+    feed: Rows, batch_size: int, start: int, until: int, num_processes: int, pin: bool
 ) -> Iterator[dict[str, Tensor]]:
-    """The global batches of steps `start` to `until - 1`, made by processes of this machine, in order."""
+    """The global batches of steps `start` to `until - 1`, in order, made by processes of this machine; 0: by this one."""
+    steps = _Steps(feed, batch_size, until)
+    if not num_processes:
+        return (steps[step] for step in range(start, until))
     loader = DataLoader(
-        _Steps(feed, until),
+        steps,
         sampler=range(start, until),
         batch_size=None,
-        num_workers=num_processes or max(1, (os.cpu_count() or 1) // 2),
+        num_workers=num_processes,
         pin_memory=pin,
         prefetch_factor=4,
         multiprocessing_context="spawn",
@@ -86,14 +88,15 @@ def _children_deaf_to_ctrl_c() -> Iterator[None]:
 class _Steps(Dataset[dict[str, Tensor]]):
     """Global batch k under the index k."""
 
-    feed: Feed
+    feed: Rows
+    batch_size: int
     total: int
 
     def __len__(self) -> int:
         return self.total
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        size = self.feed.plan.global_batch_size
+        size = self.batch_size
         return to_tensors(self.feed.rows(np.arange(step * size, (step + 1) * size)))
 
 

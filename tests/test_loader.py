@@ -63,7 +63,7 @@ def test_shared_memory_lives_as_long_as_its_tensor():
 
 def test_the_local_loader_keeps_the_order_of_the_plan(setups):
     feed = setups["host"].feed
-    for step, columns in enumerate(local_columns(feed, 3, 8, num_processes=2, pin=False), start=3):
+    for step, columns in enumerate(local_columns(feed, 16, 3, 8, num_processes=2, pin=False), start=3):
         expected = feed.rows(np.arange(step * 16, (step + 1) * 16))
         for name, values in expected.items():
             np.testing.assert_array_equal(columns[name].numpy(), values)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from timm.layers import DropPath
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from iwm_ray.config import PredictorConfig
@@ -18,7 +18,7 @@ from iwm_ray.model.encoder import Encoder
 from iwm_ray.model.heads import AttentiveHead, LinearHead
 from iwm_ray.model.iwm import IWM
 from iwm_ray.model.predictor import Predictor
-from iwm_ray.randomness import integers
+from iwm_ray.randomness import integers, uniforms
 from iwm_ray.trained import Trained
 from iwm_ray.training.optimizer import is_decayed
 from iwm_ray.views.policy import ViewPolicy
@@ -96,6 +96,14 @@ class Tuned(nn.Module):
             self.encoder.eval()
         return self
 
+    def own_state(self) -> dict[str, Tensor]:
+        """What is not the run's: all tensors but those of an encoder that stays as it is."""
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not (self.is_frozen and name.startswith("encoder."))
+        }
+
     @property
     def num_trained(self) -> int:
         """Trained parameters."""
@@ -129,22 +137,32 @@ class Asking:
     fraction: float = 1.0
     """share of the positions that are asked for"""
 
-    def query(self, count: int, seed: int, step: int, device: torch.device) -> Query:
-        """The query for `count` images; its draws are keyed by seed and step."""
+    def query(self, places: int | NDArray[np.int64], seed: int, step: int, device: torch.device) -> Query:
+        """The query for some images; its draws are keyed by seed, step and place.
+
+        Args:
+            places: `[b]`, of the images in the batch; a number: that of the images, which are the whole batch.
+            seed: of the draws.
+            step: of the training, or any other number.
+            device: where the query is to lie.
+        """
+        places = np.arange(places) if isinstance(places, int) else places
+        count = len(places)
         action = torch.zeros(count, self.policy.action_dim)
         if self.is_random:
             sides = np.full(count, 64)  # only the crop depends on it, and no crop is made
-            draws = self.policy.draw(seed, np.full(count, step), np.arange(count), sides, sides)
+            draws = self.policy.draw(seed, np.full(count, step), places, sides, sides)
             action = torch.from_numpy(self.policy.encode(draws))
-        return Query(action.to(device), self._positions(count, seed, step, device))
+        return Query(action.to(device), self._positions(places, seed, step, device))
 
-    def _positions(self, count: int, seed: int, step: int, device: torch.device) -> Tensor | None:
+    def _positions(
+        self, places: NDArray[np.int64], seed: int, step: int, device: torch.device
+    ) -> Tensor | None:
         chosen = max(1, round(self.fraction * self.num_positions))
         if chosen == self.num_positions:
             return None
-        generator = torch.Generator().manual_seed(_key(seed, "positions", step))
-        order = torch.rand(count, self.num_positions, generator=generator).argsort(1)
-        return order[:, :chosen].sort(1).values.to(device)
+        order = uniforms(seed, step, places, "positions", self.num_positions).argsort(1)
+        return torch.from_numpy(np.sort(order[:, :chosen], axis=1)).to(device)
 
 
 def assemble(
@@ -239,6 +257,33 @@ def set_drop_path(encoder: Encoder, rate: float) -> None:
         share = rate * number / max(1, len(blocks) - 1)
         block.drop_path1 = DropPath(share) if share else nn.Identity()
         block.drop_path2 = DropPath(share) if share else nn.Identity()
+
+
+class DropPath(nn.Module):
+    """Leaves out a residual branch for some images, as `draw_paths` says.
+
+    Args:
+        rate: share of the images.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.kept = torch.ones(0)
+        """`[b]` 1 / (1 - rate) where the branch stays, else 0"""
+
+    def forward(self, branch: Tensor) -> Tensor:
+        return branch * self.kept.to(branch.dtype)[:, None, None] if self.training else branch
+
+
+def draw_paths(tuned: Tuned, seed: int, step: int, places: NDArray[np.int64], device: torch.device) -> None:
+    """Draws for every image which branches stay in a step; the draws are keyed by seed, step and place in the batch."""
+    paths = [module for module in tuned.modules() if isinstance(module, DropPath)]
+    if not paths:
+        return
+    drawn = torch.from_numpy(uniforms(seed, step, places, "drop path", len(paths))).to(device)
+    for number, path in enumerate(paths):
+        path.kept = (drawn[:, number] >= path.rate).float() / (1 - path.rate)
 
 
 class Rates(Protocol):

@@ -19,8 +19,8 @@ from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.annotations import RayDeprecationWarning
 
-from iwm_ray.config import Config
-from iwm_ray.feed import MAX_KEPT_ARRAY, Feed
+from iwm_ray.config import RuntimeConfig
+from iwm_ray.feed import MAX_KEPT_ARRAY, Rows
 
 # Starting a task costs about as much as making two images, so a task makes several blocks.
 _TASK_BYTES = 120 * 2**20
@@ -48,11 +48,12 @@ class Layout:
     """steps of a segment, at most"""
 
     @classmethod
-    def of(cls, config: Config, feed: Feed, start: int, until: int) -> "Layout":
+    def of(cls, feed: Rows, batch_size: int, num_workers: int, start: int, until: int) -> "Layout":
         """Blocks and tasks of a good size for the rows of this feed."""
-        rows, size = block_rows(config, feed), config.optimizer.global_batch_size
+        rows = block_rows(feed, batch_size // num_workers)
         task_rows = rows * max(1, _TASK_BYTES // (rows * feed.row_bytes))
-        return cls(start, until, size, rows, task_rows, max(1, _TASKS_PER_SEGMENT * task_rows // size))
+        segment = max(1, _TASKS_PER_SEGMENT * task_rows // batch_size)
+        return cls(start, until, batch_size, rows, task_rows, segment)
 
     @property
     def num_segments(self) -> int:
@@ -66,15 +67,15 @@ class Layout:
         return [range(task, min(task + self.task_rows, last)) for task in range(first, last, self.task_rows)]
 
 
-def block_rows(config: Config, feed: Feed) -> int:
+def block_rows(feed: Rows, size: int) -> int:
     """Rows of a block: the largest divisor of a worker's batch whose columns fit in memory that is used again (feed.py).
     The splitter deals whole blocks to the workers in turn, so global batch k gets the same samples for every worker
     count."""
-    size, most = config.worker_batch_size, max(1, MAX_KEPT_ARRAY // feed.view_bytes)
+    most = max(1, MAX_KEPT_ARRAY // feed.view_bytes)
     return max(rows for rows in range(1, min(size, most) + 1) if size % rows == 0)
 
 
-def stream(feed: Feed, layout: Layout) -> Dataset:
+def stream(feed: Rows, layout: Layout) -> Dataset:
     """The rows of the layout's steps in the order of the counters, the next segment at each iteration."""
     with DataContext.current(_context(layout.block_rows * feed.row_bytes)), warnings.catch_warnings():
         # Ray 2.60 deprecates the one way to say how often a task is tried again, and names no other.
@@ -86,16 +87,16 @@ def stream(feed: Feed, layout: Layout) -> Dataset:
         )
 
 
-def execution_options(config: Config) -> ExecutionOptions:
+def execution_options(runtime: RuntimeConfig) -> ExecutionOptions:
     """Order by counter, not by arrival; tasks on the nodes that `runtime.data_label` names."""
-    key, _, value = config.runtime.data_label.partition("=")
+    key, _, value = runtime.data_label.partition("=")
     return ExecutionOptions(preserve_order=True, label_selector={key: value} if key else None)
 
 
 class _Stream(Datasource):
     """Names a segment's tasks to Ray Data."""
 
-    def __init__(self, feed: Feed, layout: Layout) -> None:
+    def __init__(self, feed: Rows, layout: Layout) -> None:
         super().__init__()
         # Every task is pickled by itself: what all of them need is stored once.
         self._feed, self._row_bytes, self._layout = ray.put(feed), feed.row_bytes, layout
@@ -118,7 +119,7 @@ class _Stream(Datasource):
         return None
 
 
-def _blocks(shared: "ray.ObjectRef[Feed]", counters: range, block_rows: int) -> Iterator[Block]:
+def _blocks(shared: "ray.ObjectRef[Rows]", counters: range, block_rows: int) -> Iterator[Block]:
     feed = ray.get(shared)
     for first in range(counters.start, counters.stop, block_rows):
         columns = feed.rows(np.arange(first, min(first + block_rows, counters.stop)))

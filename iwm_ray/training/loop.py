@@ -60,6 +60,10 @@ class TrainState:
     def device(self) -> torch.device:
         return self.skipped.device
 
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: all of it."""
+        return self.model.state_dict()
+
 
 @dataclass(frozen=True)
 class StepStats:

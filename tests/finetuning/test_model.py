@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from iwm_ray.finetuning.model import Asking, assemble, parameter_groups, weights_hash
+from iwm_ray.finetuning.model import Asking, assemble, draw_paths, parameter_groups, weights_hash
 
 CPU = torch.device("cpu")
 
@@ -165,13 +165,33 @@ def test_a_subset_of_positions_gives_as_many_tokens(tuned_network, config, train
 
 def test_drop_path_is_random_in_training_only(tuned_network, config, trained):
     tuned = tuned_network(config.model_copy(update={"drop_path": 0.5}), "encoder", "none")
-    query, many = asking(trained).query(16, 0, 0, CPU), images(16)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        tuned.train()
-        assert not torch.equal(tuned(many, "photos", query), tuned(many, "photos", query))
-        tuned.eval()
-        assert torch.equal(tuned(many, "photos", query), tuned(many, "photos", query))
+    query, many, places = asking(trained).query(16, 0, 0, CPU), images(16), np.arange(16)
+
+    def run(step):
+        draw_paths(tuned, 0, step, places, CPU)
+        with torch.no_grad():
+            return tuned(many, "photos", query)
+
+    tuned.train()
+    one, two = run(0), run(1)
+    assert not torch.equal(one, two) and torch.equal(run(0), one)
+    tuned.eval()
+    assert torch.equal(run(0), run(1))
+
+
+def test_draws_belong_to_places(tuned_network, config, trained):
+    """Half a batch is asked and dropped as it is within the whole."""
+    tuned = tuned_network(config.model_copy(update={"drop_path": 0.5}), "encoder", "none")
+    asked, places = asking(trained, is_random=True, fraction=0.25), np.arange(8)
+    whole, half = (asked.query(part, 3, 5, CPU) for part in (8, places[4:]))
+    assert torch.equal(whole.action[4:], half.action) and torch.equal(whole.target_idx[4:], half.target_idx)
+    last = tuned.encoder.vit.blocks[-1].drop_path2
+    draw_paths(tuned, 0, 0, places, CPU)
+    kept = last.kept
+    draw_paths(tuned, 0, 0, places[4:], CPU)
+    assert torch.equal(last.kept, kept[4:]) and set(kept.tolist()) <= {0.0, 2.0}
+    draw_paths(tuned, 0, 0, np.arange(2000), CPU)
+    assert float(last.kept.mean()) == pytest.approx(1, abs=0.1)
 
 
 def test_a_hash_knows_names_shapes_and_values():

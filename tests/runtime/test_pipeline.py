@@ -38,12 +38,12 @@ def test_global_batches_are_those_of_the_plan_for_every_worker_count(
     setup = make(num_workers)
     config = setup.config
     start, until = 3, 23
-    layout = Layout.of(config, setup.feed, start, until)
+    layout = Layout.of(setup.feed, 16, num_workers, start, until)
     assert config.worker_batch_size % layout.block_rows == 0
     assert layout.num_segments > 2
     assert (until - start) % layout.segment_steps
     data = stream(setup.feed, layout)
-    data.context.execution_options = execution_options(config)
+    data.context.execution_options = execution_options(config.runtime)
 
     @ray.remote(num_cpus=0)
     def read(shard):
@@ -63,8 +63,8 @@ def test_global_batches_are_those_of_the_plan_for_every_worker_count(
 
 def test_rows_are_those_of_the_feed(ray_cluster, make):
     setup = make(1)
-    data = stream(setup.feed, Layout.of(setup.config, setup.feed, 0, 2))
-    data.context.execution_options = execution_options(setup.config)
+    data = stream(setup.feed, Layout.of(setup.feed, 16, 1, 0, 2))
+    data.context.execution_options = execution_options(setup.runtime)
     batches = list(data.iter_batches(batch_size=16, batch_format="numpy"))
     for step, batch in enumerate(batches):
         for name, values in setup.feed.rows(np.arange(step * 16, (step + 1) * 16)).items():
