@@ -17,6 +17,7 @@ from iwm_ray import cli
 from iwm_ray.config import Config
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.settings import MeasureConfig
+from iwm_ray.finetuning.settings import FinetuneConfig, FinetuneDataConfig
 from iwm_ray.progress import duration, scanning
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.sweeping.job import Job
@@ -121,7 +122,16 @@ def _parser(document: str) -> cli.Parser:
     measuring = parser.add_argument_group("measure", MeasureConfig.__doc__)
     for name, field in MeasureConfig.model_fields.items():
         cli.add_option(measuring, f"measure.{name}", field)
+    tuning = parser.add_argument_group("finetune", FinetuneConfig.__doc__)
+    for name in FINETUNED:
+        cli.add_option(tuning, f"finetune.{name}", FinetuneConfig.model_fields[name])
+    for name in FINETUNED_ON:
+        cli.add_option(tuning, f"finetune.{name}", FinetuneDataConfig.model_fields[name])
     return parser
+
+
+FINETUNED = ("tune", "seeds", "head", "epochs", "steps", "batch_size", "lr", "pretrained_lr_factor")
+FINETUNED_ON = ("num_train", "num_test")
 
 
 WANTED = ("best-linear", "best-attentive", "best-finetuned", "invariant", "equivariant")
@@ -137,12 +147,22 @@ def read_sweep(define: Define, options: argparse.Namespace) -> Sweep:
     tree = {"measure": sweep.measure.model_dump()} | sweep.base.model_dump()
     cli.override(tree, options)
     measure = cli.validate_as(MeasureConfig, tree.pop("measure"))
-    sweep = replace(sweep, base=cli.validate(tree), measure=measure)
+    finetune = _read_finetune(sweep.finetune, tree.pop("finetune", {}))
+    sweep = replace(sweep, base=cli.validate(tree), measure=measure, finetune=finetune)
     if options.seeds:
         sweep = sweep.with_seeds(options.seeds)
     if options.no_finetune:
         sweep = replace(sweep, finetune=None)
     return sweep.smoke() if options.smoke else sweep
+
+
+def _read_finetune(usual: FinetuneConfig | None, given: dict[str, object]) -> FinetuneConfig | None:
+    """The sweep's own finetuning, changed; a sweep without one gets what is asked for."""
+    if not given:
+        return usual
+    tree = (usual or FinetuneConfig()).model_dump()
+    tree["data"] |= {name: given.pop(name) for name in FINETUNED_ON if name in given}
+    return cli.validate_as(FinetuneConfig, tree | given)
 
 
 def default_output(sweep: Sweep, options: argparse.Namespace) -> Path:

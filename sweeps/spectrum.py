@@ -21,18 +21,20 @@ Last result: see docs/log.md.
 from iwm_ray.sweep import main
 from iwm_ray.sweeping.space import Axis, Size, Sweep, base, finetuning
 
-DEPTHS: dict[Size, tuple[int, ...]] = {"laptop": (2, 4), "cifar10": (2, 4), "imagenet": (12, 18)}
+DEPTHS: dict[Size, tuple[int, ...]] = {"laptop": (2, 4), "cifar10": (1, 4), "imagenet": (12, 18)}
 
 
 def define(size: Size) -> Sweep:
     """The sweep of a size."""
-    start = base(size).views
-    jitter = {name: getattr(start, name) for name in ("brightness", "contrast", "saturation", "hue")}
+    jitter = {
+        "paper": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},
+        "strong": {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2},
+    }
     strength = Axis(
         "strength",
         {
-            name: {f"views.{part}": round(factor * value, 3) for part, value in jitter.items()}
-            for name, factor in {"half": 0.5, "full": 1.0}.items()
+            name: {f"views.{part}": value for part, value in strengths.items()}
+            for name, strengths in jitter.items()
         },
     )
     axes = (

@@ -90,15 +90,18 @@ class Sweep:
     """predictor finetuning with its control, on the trial's own data where `data.path` is empty; None: no finetuning"""
 
     def trials(self) -> list[Trial]:
-        """Every point of the grid, the seed varying fastest where it is the last axis.
+        """Every point of the grid, seed by seed: a sweep that is interrupted has the whole map once, not a part of it
+        three times.
 
         Raises:
             UsageError: one line that names the first setting, value or pair of trials that is wrong.
         """
         self._check_axes()
         found: dict[str, Trial] = {}
-        for names in product(*(axis.values for axis in self.axes)):
-            trial = self.trial({axis.name: name for axis, name in zip(self.axes, names, strict=True)})
+        seeds_slowest = sorted(self.axes, key=lambda axis: axis.name != SEED)
+        for names in product(*(axis.values for axis in seeds_slowest)):
+            point = {axis.name: name for axis, name in zip(seeds_slowest, names, strict=True)}
+            trial = self.trial({axis.name: point[axis.name] for axis in self.axes})
             if trial.hash in found:
                 raise UsageError(
                     f"axes: {trial.title} and {found[trial.hash].title} are the same configuration; drop one"
