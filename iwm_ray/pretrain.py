@@ -115,6 +115,7 @@ def pretrain(setup: "Setup", debug: bool = False) -> None:
         with tracker_of(setup) as tracker:
             outcome = summary.finished(setup.run) or _train(setup, stop, debug)
             result = summary.summarise(setup, outcome)
+            tracker.log_tags(summary.tags(result))
             for picture in sorted(setup.run.pictures.glob("*.png")):
                 tracker.log_picture(picture)
             tracker.finish(TRACKER_STATUS[outcome.status])

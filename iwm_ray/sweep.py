@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from iwm_ray import cli
-from iwm_ray.config import Config
+from iwm_ray.config import Config, TrackingConfig
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.settings import MeasureConfig
 from iwm_ray.finetuning.settings import FinetuneConfig, FinetuneDataConfig
-from iwm_ray.progress import duration, scanning
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.sweeping.job import Job
 from iwm_ray.sweeping.record import SweepDirectory
@@ -28,6 +27,7 @@ from iwm_ray.training.metrics_log import MetricsLog
 if TYPE_CHECKING:
     from iwm_ray.runtime.tracking import NullTracker
     from iwm_ray.runtime.tune import Asha, Room
+    from iwm_ray.sweeping.report import Report
 
 Define = Callable[[Size], Sweep]
 """from the size that is wanted, the sweep"""
@@ -48,7 +48,7 @@ def _main(define: Define, arguments: Sequence[str]) -> None:
     if options.want_mrr is not None and not 0 <= options.want_mrr <= 1:
         raise UsageError(f"--want-mrr {options.want_mrr:g}: needs a number from 0 to 1")
     if options.report is not None:
-        _write_report(options.report, options)
+        _write_report(_open_report(options), options)
         return
     sweep = read_sweep(define, options)
     directory = SweepDirectory((options.output or default_output(sweep, options)).absolute())
@@ -57,8 +57,11 @@ def _main(define: Define, arguments: Sequence[str]) -> None:
     if options.dry_run:
         return
     run(plan, options.debug)
-    _write_report(directory.path, options)
-    _track_report(plan)
+    from iwm_ray.sweeping.report import Report
+
+    report = Report.open(directory.path)
+    _write_report(report, options)
+    _track_report(plan, report)
     failed = list(directory.failures().values())
     if failed:
         names = "; ".join(f"{each['title']}: {each['reason']}" for each in failed)
@@ -90,7 +93,10 @@ def _parser(document: str) -> cli.Parser:
     parser.add_argument("--smoke", action="store_true", help="one tiny value of each axis")
     parser.add_argument("--no-finetune", action="store_true", help="leave out predictor finetuning")
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="only write the report of a sweep's folder, or of runs"
+        "--report",
+        metavar="WHERE",
+        help="only write the report: of a sweep's folder, of a folder of runs, or, from MLflow alone, of an experiment of "
+        "--tracking.uri or of that store's URI (with --tracking.experiment) or of the id of a sweep's MLflow run",
     )
     parser.add_argument(
         "--want-mrr", type=float, metavar="X", help="name the known configuration nearest to this MRR"
@@ -187,7 +193,8 @@ class Plan:
     asha: "Asha | None"
     max_failures: int
     room: "Room"
-    hours: str
+    time: str
+    """of what is left, in words"""
 
 
 def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespace) -> Plan:
@@ -197,6 +204,7 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         UsageError: an axis, a value, the data, the search or the resources.
     """
     from iwm_ray.runtime import tracking, tune
+    from iwm_ray.sweep_cost import cost
 
     tracking.check_uri(sweep.base)
     if options.search == "optuna":
@@ -213,12 +221,13 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         if directory.status(sweep, trial, keep_stopped=bool(options.asha)) not in ("finished", "stopped")
     ]
     room = tune.make_room(trials[0].config, options.gpus_per_trial, max(1, len(left)), options.at_once)
-    hours, total_steps = _expected(left or trials[:1], directory, room.at_once)
+    done = [trial for trial in trials if trial not in left]
+    work = cost(sweep, left or trials[:1], done, directory)
     asha = None
     if options.asha:
-        every = trials[0].config.monitor.every_steps or max(1, total_steps // 10)
+        every = trials[0].config.monitor.every_steps or max(1, work.steps // 10)
         mode = "min" if options.asha in _MINIMISED else "max"
-        asha = tune.Asha(options.asha, mode, total_steps, max(1, 2 * every))
+        asha = tune.Asha(options.asha, mode, work.steps, max(1, 2 * every))
     num_samples = 0
     if options.search == "optuna":
         num_samples = max(0, min(options.trials - (len(trials) - len(left)), len(left)))
@@ -233,7 +242,7 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         asha,
         options.max_failures,
         room,
-        hours,
+        work.line(trials[0].config, room.at_once),
     )
 
 
@@ -242,34 +251,6 @@ def _check_optuna(options: argparse.Namespace) -> None:
         raise UsageError("--search optuna: optuna is not installed; pip install 'iwm_ray[sweep]'")
     if options.asha:
         raise UsageError("--search optuna has two goals, and --asha follows one metric; drop one of them")
-
-
-def _expected(trials: Sequence[Trial], directory: SweepDirectory, at_once: int) -> tuple[str, int]:
-    """Time of the training of all trials, in words, and the steps of one."""
-    import torch
-
-    from iwm_ray.build import build
-    from iwm_ray.model.iwm import build_model
-    from iwm_ray.plan_report import gemm_rate, step_flops
-
-    total, steps, known = 0, 0, {}
-    for trial in trials:
-        shape = trial.config.model_copy(update={"seed": 0}).hash()
-        if shape not in known:
-            setup = build(trial.config, directory.run(trial.hash), scanning(trial.config.data.path))
-            with torch.device("meta"):
-                model = build_model(trial.config, setup.policy.action_dim)
-            known[shape], steps = step_flops(setup, model) * setup.total_steps, setup.total_steps
-        total += known[shape]
-    config = trials[0].config
-    if config.runtime.use_gpu:
-        gpu_hours = total / 1e15 / 3600
-        return (
-            f"{gpu_hours:,.1f} GPU-hours of training at 1000 TFLOP/s; expect 20 to 50 % of a GPU's peak",
-            steps,
-        )
-    low, high = (total / (gemm_rate() * share * at_once) for share in (0.8, 0.25))
-    return f"{duration(low)} to {duration(high)} of training on these CPUs, measuring on top", steps
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -284,7 +265,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"  measured   {' '.join(sweep.measure.tasks)}"
         + (f", predictor finetuning with its control, {len(tuned.seeds)} seeds" if tuned else ""),
         f"  resources  {plan.room.line}",
-        f"  time       {plan.hours}",
+        f"  time       {plan.time}",
     ]
     if plan.asha:
         lines.append(
@@ -293,11 +274,27 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _write_report(folder: Path, options: argparse.Namespace) -> None:
-    """Writes and names the report; prints its sentences and what was asked of the dial."""
+def _open_report(options: argparse.Namespace) -> "Report":
+    """From a folder, or from MLflow where there is none of that name."""
     from iwm_ray.sweeping.report import Report
 
-    report = Report.open(folder)
+    if Path(options.report).is_dir():
+        return Report.open(Path(options.report))
+    if importlib.util.find_spec("mlflow") is None:
+        raise UsageError(
+            f"--report {options.report}: no such folder, and MLflow is not installed; give a folder"
+        )
+    from iwm_ray.runtime.tracked import read_report
+
+    tree: dict[str, dict[str, object]] = {}
+    cli.override(tree, options)
+    return read_report(
+        options.report, cli.validate_as(TrackingConfig, tree.get("tracking", {})), options.output
+    )
+
+
+def _write_report(report: "Report", options: argparse.Namespace) -> None:
+    """Writes and names the report; prints its sentences and what was asked of the dial."""
     page = report.write()
     print("\n".join(report.text))
     for want in (options.want_mrr, options.want):
@@ -348,12 +345,9 @@ def _note_stopped(plan: Plan) -> None:
             plan.directory.note_done(plan.sweep, trial, {}, "stopped")
 
 
-def _track_report(plan: Plan) -> None:
+def _track_report(plan: Plan, report: "Report") -> None:
     """Adds the report, and the few figures that it comes to, to the sweep's MLflow run."""
-    from iwm_ray.sweeping.report import Report
-
     directory, run_directory = plan.directory, RunDirectory(plan.directory.path)
-    report = Report.open(directory.path)
     with run_directory.lock():
         finished = sum(result.status == "finished" for result in report.results)
         MetricsLog(run_directory.metrics).correct(finished, report.figures())
@@ -368,6 +362,7 @@ def _parent(plan: Plan) -> Iterator[dict[str, str]]:
     """The MLflow run of the sweep; gives the tags that make a trial's run its child."""
     tags = {"iwm.sweep": plan.sweep.name}
     with open_parent(plan.directory, plan.sweep) as tracker:
+        tracker.log_file(plan.directory.definition, "")
         until = time.monotonic() + _PARENT_SECONDS
         while tracker.uri != "none" and not tracker.run_id and time.monotonic() < until:
             time.sleep(0.1)

@@ -29,7 +29,7 @@ LAYERS = [
     ["measurement", "exporting", "prediction"],
     ["model_card"],
     ["pretrain", "evaluate", "visualize", "finetune", "segment", "export", "predict", "replay", "__main__"],
-    ["trial"],
+    ["trial", "sweep_cost"],
     ["sweep"],
 ]
 # Siblings that must not know each other: they meet in Batch and in one integer.

@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ _ALLOWED = "sqlite:///mlflow.db, http(s)://HOST:PORT, a postgresql or mysql URI,
 
 _METRICS_PER_REQUEST = 1000  # MLflow's limits
 _PARAMS_PER_REQUEST = 100
+_TAG_CHARACTERS = 8000
 _POLL_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 15.0
 _SYSTEM_METRICS_SECONDS = 10.0
@@ -132,6 +133,13 @@ def check_uri(config: Config) -> str | None:
     if problem is None:
         return None
     return f"{without_credentials(uri)} {problem}; metrics wait in RUN/metrics.jsonl until it answers"
+
+
+def unreadable(uri: str) -> str | None:
+    """Why a store can't be read, within about three seconds; None where it can."""
+    if uri.startswith("sqlite"):
+        return None if _sqlite_file(uri).is_file() else "does not exist"
+    return _probe(uri) if uri.startswith("http") else None
 
 
 def ui_command(uri: str) -> str:
@@ -262,6 +270,11 @@ class _Dataset(_Part):
     num_samples: int
 
 
+class _Tag(_Part):
+    name: str
+    value: str
+
+
 class _Record(_Part):
     """What one store has and what it still has to get."""
 
@@ -272,6 +285,7 @@ class _Record(_Part):
     offset: int = 0
     files: tuple[_File, ...] = ()
     datasets: tuple[_Dataset, ...] = ()
+    tags: tuple[_Tag, ...] = ()
     status: str = ""
     """how the run ended, until the store knows"""
 
@@ -391,6 +405,9 @@ class _Sender:
         self._send_system_metrics(run_id)
         for dataset in self._ledger.record.datasets:
             self._send_dataset(run_id, dataset)
+        for tag in self._ledger.record.tags:
+            self._client.set_tag(run_id, tag.name, tag.value)
+            self._ledger.remove("tags", tag)
         for file in self._ledger.record.files:
             if Path(file.path).exists():
                 self._client.log_artifact(run_id, file.path, file.folder)
@@ -527,6 +544,9 @@ class NullTracker:
     def log_file(self, path: Path, folder: str) -> None:
         """Does nothing."""
 
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Does nothing."""
+
     def log_dataset(
         self, name: str, digest: str, source: str, context: str = "training", num_samples: int = 0
     ) -> None:
@@ -591,7 +611,7 @@ class Tracker(NullTracker):
 
     def start(self) -> Self:
         """Starts the thread; loads MLflow (about a second)."""
-        _load_mlflow(self.uri)
+        load_mlflow(self.uri)
         self._ledger.change(status="")
         self._thread.start()
         return self
@@ -603,6 +623,11 @@ class Tracker(NullTracker):
     def log_file(self, path: Path, folder: str) -> None:
         """Uploads a file to an artifact folder, soon; it must stay where it is."""
         self._ledger.add("files", _File(path=str(path.absolute()), folder=folder))
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Sets tags that were not known when the run began, soon; a value is cut at MLflow's 8000 characters."""
+        for name, value in tags.items():
+            self._ledger.add("tags", _Tag(name=name, value=without_credentials(value)[:_TAG_CHARACTERS]))
 
     def log_dataset(
         self, name: str, digest: str, source: str, context: str = "training", num_samples: int = 0
@@ -648,7 +673,12 @@ class Tracker(NullTracker):
             with self._metrics.open("rb") as file:
                 file.seek(record.offset)
                 lines = sum(line.endswith(b"\n") for line in file)
-        counts = {"reports": lines, "files": len(record.files), "data sets": len(record.datasets)}
+        counts = {
+            "reports": lines,
+            "files": len(record.files),
+            "data sets": len(record.datasets),
+            "tags": len(record.tags),
+        }
         parts = [f"{count} {what}" for what, count in counts.items() if count]
         if record.status:
             parts.append(f"the status {record.status}")
@@ -660,7 +690,7 @@ class Tracker(NullTracker):
             is_last = self._closing.is_set()
             try:
                 self._sender.send(self._given_up)
-            except _failures() as failure:
+            except failures() as failure:
                 self._sender.look_again()
                 self._say_down(failure)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -716,7 +746,7 @@ def reopened(run: RunDirectory, config: Config) -> Iterator[NullTracker]:
             tracker.finish(deadline_seconds=_ADDING_SECONDS)
 
 
-def _load_mlflow(uri: str) -> None:
+def load_mlflow(uri: str) -> None:
     """Imports MLflow, in the caller's thread, since two threads that import the same packages can trip over
     one another, and quiets it: what a user must know, the tracker says."""
     for name, value in _ENVIRONMENT.items():
@@ -730,7 +760,7 @@ def _load_mlflow(uri: str) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _failures() -> tuple[type[BaseException], ...]:
+def failures() -> tuple[type[BaseException], ...]:
     """What a store may throw. Artifact stores throw their own libraries' errors, none of which must stop the
     metrics; a library that is not loaded can't have thrown."""
     from mlflow.exceptions import MlflowException

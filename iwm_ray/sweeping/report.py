@@ -24,7 +24,7 @@ from iwm_ray.pictures.spectrum import (
     heat_maps,
     spectrum_map,
 )
-from iwm_ray.run_directory import RunDirectory
+from iwm_ray.run_directory import RunDirectory, write_json
 from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.results import (
     GAIN,
@@ -85,9 +85,10 @@ class Report:
         return reading(self.results, self.groups)
 
     def write(self) -> Path:
-        """Writes SWEEP/report/: report.html, PNGs, trials.csv, trials.parquet; returns the page."""
+        """Writes SWEEP/report/: report.html, PNGs, trials.csv, trials.parquet, failures.json; returns the page."""
         place = SweepDirectory(self.folder).report
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(place / "failures.json", self.failures)
         rows = pa.Table.from_pylist(table(self.results)[1])
         pa.csv.write_csv(rows, place / "trials.csv")
         pa.parquet.write_table(rows, place / "trials.parquet")

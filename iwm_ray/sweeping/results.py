@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ FEWEST = (
     5  # configurations of which a rank correlation is told; of four, one order in twelve is perfect by chance
 )
 _RESAMPLES = 2000
+BEGUN, NOT_FINISHED = "begun", "not finished"
+"""status and health line of a run without a summary"""
 
 
 @dataclass(frozen=True)
@@ -158,14 +160,24 @@ def read_results(folder: Path) -> list[Result]:
         raise UsageError(
             f"--report {folder}: no trials there; give the folder of a sweep, or one of run directories"
         )
-    configs = {path: read_config(path) for path in paths}
-    known = directory.points()
+    return in_grid_order([_result(path, read_config(path)) for path in paths], directory.points())
+
+
+def in_grid_order(results: Sequence[Result], known: Mapping[str, Point]) -> list[Result]:
+    """The results with their points, as the sweep's record has them; without a complete record, with points by the
+    settings in which they differ.
+
+    Args:
+        results: with any points, in folders that are named by the trials' hashes.
+        known: hash -> point, in the order of the grid.
+    """
     place = {name: number for number, name in enumerate(known)}
-    paths = sorted(paths, key=lambda path: (place.get(path.name, len(place)), path.name))
-    points = {path: known.get(path.name) for path in paths}
-    if any(point is None for point in points.values()):
-        points = dict(zip(paths, _points([configs[path] for path in paths]), strict=True))
-    return [_result(path, configs[path], points[path] or {}) for path in paths]
+    ordered = sorted(results, key=lambda each: (place.get(each.path.name, len(place)), each.path.name))
+    if all(result.path.name in known for result in ordered):
+        points = [known[result.path.name] for result in ordered]
+    else:
+        points = _points([result.config for result in ordered])
+    return [replace(result, point=point) for result, point in zip(ordered, points, strict=True)]
 
 
 def configurations(results: Sequence[Result]) -> list[Configuration]:
@@ -313,7 +325,7 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[dict[str, Any]]]:
     return axes, rows
 
 
-def _result(path: Path, config: Config, point: Point) -> Result:
+def _result(path: Path, config: Config) -> Result:
     summary: dict[str, Any] = {}
     if (path / "summary.json").exists():
         summary = json.loads((path / "summary.json").read_text())
@@ -321,10 +333,10 @@ def _result(path: Path, config: Config, point: Point) -> Result:
     return Result(
         path,
         config,
-        point,
-        summary.get("status", "begun"),
+        {},
+        summary.get("status", BEGUN),
         summary.get("health", ""),
-        summary.get("health_line", "not finished"),
+        summary.get("health_line", NOT_FINISHED),
         metrics,
     )
 

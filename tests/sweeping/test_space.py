@@ -17,15 +17,15 @@ def sweep(*axes: Axis) -> Sweep:
     return Sweep("test", "Does it work?", base("laptop"), axes)
 
 
-def test_a_grid_has_every_point_once():
+def test_a_grid_has_every_point_once_seed_by_seed():
     trials = sweep(Axis.of("predictor.depth", 2, 4), Axis.of("seed", 0, 1, 2)).trials()
     assert [(trial.config.predictor.depth, trial.config.seed) for trial in trials] == [
-        (depth, seed) for depth in (2, 4) for seed in (0, 1, 2)
+        (depth, seed) for seed in (0, 1, 2) for depth in (2, 4)
     ]
     assert len({trial.hash for trial in trials}) == 6
     assert all(trial.hash == trial.config.hash() for trial in trials)
-    assert trials[1].title == "predictor.depth=2 seed=1"
-    assert trials[1].group == {"predictor.depth": "2"}
+    assert trials[2].title == "predictor.depth=2 seed=1"
+    assert trials[2].group == {"predictor.depth": "2"}
 
 
 def test_a_grown_grid_keeps_its_trials():
