@@ -21,7 +21,8 @@ from iwm_ray.finetuning.settings import FinetuneConfig, FinetuneDataConfig
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.sweeping.job import Job
 from iwm_ray.sweeping.record import SweepDirectory
-from iwm_ray.sweeping.space import Size, Sweep, Trial, choose
+from iwm_ray.sweeping.results import MRR, OUTCOMES
+from iwm_ray.sweeping.space import Size, Sweep, Trial, choose, short_names
 from iwm_ray.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
@@ -352,9 +353,28 @@ def _track_report(plan: Plan, report: "Report") -> None:
         finished = sum(result.status == "finished" for result in report.results)
         MetricsLog(run_directory.metrics).correct(finished, report.figures())
         tracker = open_parent(directory, plan.sweep).start()
+        tracker.log_tags({"mlflow.note.content": _note(plan.sweep, [*report.text, "", *report.markdown()])})
         for file in sorted(directory.report.iterdir()):
             tracker.log_file(file, "report")
         tracker.finish("FAILED" if directory.failures() else "FINISHED", _TRACKING_SECONDS)
+
+
+_UNDER_WAY = "Under way; the report follows when the last trial has ended."
+
+
+def _note(sweep: Sweep, findings: Sequence[str]) -> str:
+    """The description of the sweep's MLflow run, Markdown."""
+    figures = ", ".join(f"`{name}`" for name in (MRR, *(each.metric for each in OUTCOMES[:3])))
+    return "\n".join(
+        [
+            f"**{sweep.question}**",
+            "",
+            *findings,
+            "",
+            f"One child is one trial, the params `axis.*` are what varies; compare {figures}. The report with its pictures "
+            "and tables is among the artifacts: `report/report.html`.",
+        ]
+    )
 
 
 @contextmanager
@@ -375,5 +395,7 @@ def open_parent(directory: SweepDirectory, sweep: Sweep) -> "NullTracker":
 
     if importlib.util.find_spec("mlflow") is None:
         return tracking.NullTracker()
-    tags = {"iwm.sweep": sweep.name, "mlflow.note.content": sweep.question}
+    short = short_names(axis.name for axis in sweep.axes)
+    tags = {"iwm.sweep": sweep.name, "mlflow.note.content": _note(sweep, [_UNDER_WAY])}
+    tags |= {f"iwm.axis.{short[axis.name]}": ", ".join(axis.values) for axis in sweep.axes}
     return tracking.open_tracker(directory.path, sweep.base, f"sweep {sweep.name}", tags)

@@ -46,6 +46,14 @@ _ALLOWED = "sqlite:///mlflow.db, http(s)://HOST:PORT, a postgresql or mysql URI,
 _METRICS_PER_REQUEST = 1000  # MLflow's limits
 _PARAMS_PER_REQUEST = 100
 _TAG_CHARACTERS = 8000
+_PARENT = "mlflow.parentRunId"
+_AXIS = "iwm.axis."
+# A sweep's runs are compared in one table, which slows with every column and hides what matters. What a trial's run
+# leaves out stands in its metrics.jsonl and in its Parquet artifacts.
+_OF_ONE_RUN = re.compile(
+    r"system/.*|mrr/pooled_.*|mrr/mean_rank.*|mrr/h\d+_(low|high)|monitor/(seconds|knn_chance)"
+    r"|train/(?!loss$|lr$|samples_per_second$).*"
+)
 _POLL_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 15.0
 _SYSTEM_METRICS_SECONDS = 10.0
@@ -288,6 +296,8 @@ class _Record(_Part):
     tags: tuple[_Tag, ...] = ()
     status: str = ""
     """how the run ended, until the store knows"""
+    is_trial: bool = False
+    """whether it gets those metrics alone by which trials are compared"""
 
 
 class _Stores(_Part):
@@ -402,7 +412,8 @@ class _Sender:
             self._open_run()
         run_id = self._ledger.record.run_id
         self._send_reports(run_id, given_up)
-        self._send_system_metrics(run_id)
+        if not self._ledger.record.is_trial:
+            self._send_system_metrics(run_id)
         for dataset in self._ledger.record.datasets:
             self._send_dataset(run_id, dataset)
         for tag in self._ledger.record.tags:
@@ -469,6 +480,8 @@ class _Sender:
         from mlflow.tracking.context.registry import resolve_tags
 
         flat = {name: without_credentials(str(value)) for name, value in self._config.flat().items()}
+        # Parallel coordinates and scatters take params, no tags.
+        flat |= {name.removeprefix("iwm."): value for name, value in self._tags.items() if _AXIS in name}
         params = [Param(name, value) for name, value in flat.items() if name not in run.data.params]
         for first in range(0, len(params), _PARAMS_PER_REQUEST):
             self._client.log_batch(run.info.run_id, params=params[first : first + _PARAMS_PER_REQUEST])
@@ -477,7 +490,7 @@ class _Sender:
             "iwm.recipe": self._config.recipe,
             "iwm.seed": str(self._config.seed),
         }
-        tags |= {name: without_credentials(value) for name, value in self._tags.items()}
+        tags |= {name: without_credentials(value) for name, value in self._tags.items() if _AXIS not in name}
         self._client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def _send_reports(self, run_id: str, given_up: threading.Event) -> None:
@@ -486,7 +499,11 @@ class _Sender:
             reports = read_reports(self._run.metrics, offset)
             if reports.end == offset:
                 return
-            self._send_points(run_id, reports.points)
+            is_trial = self._ledger.record.is_trial
+            self._send_points(
+                run_id,
+                [each for each in reports.points if not (is_trial and _OF_ONE_RUN.fullmatch(each.name))],
+            )
             self._ledger.change(offset=reports.end)
 
     def _send_system_metrics(self, run_id: str) -> None:
@@ -580,7 +597,8 @@ class Tracker(NullTracker):
         run_dir: the run directory; it exists.
         config: gives the params, the experiment and the store.
         run_name: shown in MLflow's list of runs.
-        tags: more tags for the MLflow run; `mlflow.parentRunId` makes it a child.
+        tags: more tags for the MLflow run. `mlflow.parentRunId` makes it a child, a trial of a sweep, which gets fewer
+            metrics; `iwm.axis.NAME` becomes the param `axis.NAME`.
         say: receives one line when the store goes, comes back, or has not got everything at the end.
 
     Raises:
@@ -599,6 +617,7 @@ class Tracker(NullTracker):
         self.uri = tracking_uri(config)
         self._shown, self._metrics, self._say = without_credentials(self.uri), run.metrics, say
         self._ledger = _Ledger(run.path / LEDGER_NAME, self._shown, say)
+        self._is_trial = self._ledger.record.is_trial or _PARENT in (tags or {})
         self._sender = _Sender(run, config, self.uri, run_name, tags or {}, self._ledger)
         self._closing, self._given_up = threading.Event(), threading.Event()
         self._is_down = False
@@ -612,7 +631,7 @@ class Tracker(NullTracker):
     def start(self) -> Self:
         """Starts the thread; loads MLflow (about a second)."""
         load_mlflow(self.uri)
-        self._ledger.change(status="")
+        self._ledger.change(status="", is_trial=self._is_trial)
         self._thread.start()
         return self
 

@@ -125,6 +125,11 @@ class Report:
                 found[f"spectrum/rank_correlation/{each.outcome.metric.replace('*/', '')}"] = each.value
         return found
 
+    def markdown(self) -> list[str]:
+        """The table of the configurations, as Markdown."""
+        head, *rows = ([cell.replace("|", "/") for cell in row] for row in self._configuration_table())
+        return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
     # Figures
 
     def _figures(self) -> dict[str, Figure]:

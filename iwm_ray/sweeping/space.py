@@ -5,7 +5,7 @@ that has grown only adds trials.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, Self
@@ -174,6 +174,13 @@ def choose(trials: Sequence[Trial], count: int, seed: int) -> list[Trial]:
 def words(point: Mapping[str, str]) -> str:
     """`predictor.depth=4 seed=1`"""
     return " ".join(f"{axis}={value}" for axis, value in point.items()) or "the only configuration"
+
+
+def short_names(axes: Iterable[str]) -> dict[str, str]:
+    """Axis -> the last part of its name, where that is no other's: `predictor.depth` is `depth`."""
+    axes = list(axes)
+    last = [axis.rpartition(".")[2] for axis in axes]
+    return {axis: name if last.count(name) == 1 else axis for axis, name in zip(axes, last, strict=True)}
 
 
 def base(size: Size) -> Config:
