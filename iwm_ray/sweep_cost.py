@@ -160,7 +160,7 @@ def _measuring(asked: MeasureConfig, forward: _Forward, num_train: int, num_test
     if "attentive" in asked.tasks:
         grid = probes.ATTENTIVE
         work += 3 * grid.num_steps(train) * grid.batch_size * (len(grid.settings) + 1) * forward.head
-    return work * (1 + len(asked.encoders))
+    return work * (1 + asked.untrained + len(asked.encoders))
 
 
 def _finetuning(asked: FinetuneConfig, forward: _Forward, num_train: int, num_test: int) -> float:

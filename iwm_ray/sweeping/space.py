@@ -27,7 +27,12 @@ SIZES: dict[Size, str] = {
 
 SEED = "seed"
 QUICK = MeasureConfig(
-    tasks=("mrr", "rank", "linear", "attentive"), images=256, targets=8, components=False, inverse=False
+    tasks=("mrr", "rank", "linear", "attentive"),
+    untrained=False,
+    images=256,
+    targets=8,
+    components=False,
+    inverse=False,
 )
 """what a trial is measured by unless its sweep says otherwise"""
 
