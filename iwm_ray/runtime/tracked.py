@@ -32,7 +32,7 @@ def read_report(where: str, usual: TrackingConfig, folder: Path | None) -> Repor
     """
     is_uri = "://" in where
     named = usual.model_copy(update={"uri": where} if is_uri else {"experiment": where})
-    client, uri = _open(named)
+    client, uri = tracking.open_store(Config(recipe="report", tracking=named))
     experiment = client.get_experiment_by_name(named.experiment)
     parent = None
     if experiment is None and not is_uri:
@@ -63,20 +63,6 @@ def read_report(where: str, usual: TrackingConfig, folder: Path | None) -> Repor
     for group in named_points(report.groups).values():
         _fetch_picture(client, by_hash[group.results[0].path.name], group.results[0].path)
     return report
-
-
-def _open(named: TrackingConfig) -> tuple[Any, str]:
-    """A client, and the store's URI as it may be shown."""
-    uri = tracking.tracking_uri(Config(recipe="report", tracking=named))
-    shown = tracking.without_credentials(uri)
-    if uri == "none":
-        raise UsageError("tracking.uri none: there is nothing to read; give the folder of the sweep")
-    if problem := tracking.unreadable(uri):
-        raise UsageError(f"--report: {shown} {problem}")
-    tracking.load_mlflow(uri)
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(tracking_uri=uri), shown
 
 
 def _runs(client: Any, experiment_id: str) -> Iterator[Any]:

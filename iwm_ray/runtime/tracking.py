@@ -69,6 +69,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
 }
 
@@ -143,11 +144,25 @@ def check_uri(config: Config) -> str | None:
     return f"{without_credentials(uri)} {problem}; metrics wait in RUN/metrics.jsonl until it answers"
 
 
-def unreadable(uri: str) -> str | None:
-    """Why a store can't be read, within about three seconds; None where it can."""
-    if uri.startswith("sqlite"):
-        return None if _sqlite_file(uri).is_file() else "does not exist"
-    return _probe(uri) if uri.startswith("http") else None
+def open_store(config: Config) -> tuple[Any, str]:
+    """An MLflow client that reads the configuration's store, and the store's URI as it may be shown.
+
+    Raises:
+        UsageError: see `tracking_uri`; and a store that is not there: reading creates none.
+    """
+    uri = tracking_uri(config)
+    shown = without_credentials(uri)
+    if uri == "none" or (uri.startswith("sqlite") and not _sqlite_file(uri).is_file()):
+        raise UsageError(f"tracking.uri {shown}: there is nothing to read; give the store that has the runs")
+    load_mlflow(uri)
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        client.search_experiments(max_results=1)
+    except failures() as failure:
+        raise UsageError(f"tracking.uri {shown}: does not answer ({reason(failure)})") from None
+    return client, shown
 
 
 def ui_command(uri: str) -> str:
@@ -194,7 +209,7 @@ def _probe(uri: str) -> str | None:
             return f"refuses us ({error.code}): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         return f"answers {error.code}: is that an MLflow server?"
     except (OSError, ValueError) as error:
-        return f"does not answer ({_reason(error)})"
+        return f"does not answer ({reason(error)})"
 
 
 # ---- what is to be sent ----
@@ -728,7 +743,7 @@ class Tracker(NullTracker):
     def _say_down(self, failure: BaseException) -> None:
         if not self._is_down:
             self._is_down = True
-            self._say(f"{self._shown} takes no metrics ({_reason(failure)}); they wait in {self._metrics}")
+            self._say(f"{self._shown} takes no metrics ({reason(failure)}); they wait in {self._metrics}")
 
     def _say_up(self) -> None:
         if self._is_down:
@@ -797,7 +812,7 @@ def failures() -> tuple[type[BaseException], ...]:
     return (MlflowException, SQLAlchemyError, OSError, ImportError, *loaded)
 
 
-def _reason(failure: BaseException) -> str:
+def reason(failure: BaseException) -> str:
     """The innermost cause in one short line, without credentials."""
     inner: BaseException | None = failure
     while inner is not None:

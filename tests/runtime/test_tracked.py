@@ -128,6 +128,8 @@ def test_what_cannot_be_read_is_named(swept, tmp_path):
     with pytest.raises(UsageError, match="neither a folder nor an experiment .* maps"):
         read_report("map", sweep.base.tracking, tmp_path)
     missing = TrackingConfig(uri=f"sqlite:///{tmp_path}/nothing.db")
-    with pytest.raises(UsageError, match="nothing.db does not exist"):
+    with pytest.raises(UsageError, match="nothing.db: there is nothing to read"):
         read_report("maps", missing, tmp_path)
     assert not (tmp_path / "nothing.db").exists()
+    with pytest.raises(UsageError, match="127.0.0.1:9: does not answer"):
+        read_report("http://127.0.0.1:9", sweep.base.tracking, tmp_path)
