@@ -21,8 +21,8 @@ from iwm_ray.finetuning.settings import FinetuneConfig, FinetuneDataConfig
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.sweeping.job import Job
 from iwm_ray.sweeping.record import SweepDirectory
-from iwm_ray.sweeping.results import MRR, OUTCOMES
-from iwm_ray.sweeping.space import Size, Sweep, Trial, choose, short_names
+from iwm_ray.sweeping.results import MRR, OUTCOMES, Result, compared
+from iwm_ray.sweeping.space import SEED, Size, Sweep, Trial, choose, short_names
 from iwm_ray.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
@@ -353,6 +353,7 @@ def _track_report(plan: Plan, report: "Report") -> None:
         finished = sum(result.status == "finished" for result in report.results)
         MetricsLog(run_directory.metrics).correct(finished, report.figures())
         tracker = open_parent(directory, plan.sweep).start()
+        _share_view(plan, tracker, report.results)
         tracker.log_tags({"mlflow.note.content": _note(plan.sweep, [*report.text, "", *report.markdown()])})
         for file in sorted(directory.report.iterdir()):
             tracker.log_file(file, "report")
@@ -386,7 +387,21 @@ def _parent(plan: Plan) -> Iterator[dict[str, str]]:
         until = time.monotonic() + _PARENT_SECONDS
         while tracker.uri != "none" and not tracker.run_id and time.monotonic() < until:
             time.sleep(0.1)
+        _share_view(plan, tracker, [])
         yield tags | ({"mlflow.parentRunId": tracker.run_id} if tracker.run_id else {})
+
+
+def _share_view(plan: Plan, tracker: "NullTracker", results: Sequence[Result]) -> None:
+    """Puts the sweep into the menu "Views" of MLflow's page."""
+    from iwm_ray.runtime.sweep_view import view, view_tag
+
+    if not tracker.run_id:
+        return
+    name, axes = plan.sweep.name, plan.sweep.axes
+    short = short_names(axis.name for axis in axes)
+    varied = [f"axis.{short[axis.name]}" for axis in axes if axis.name != SEED]
+    shown = view(f"Sweep {name}", tracker.run_id, varied, compared(results), round(1000 * time.time()))
+    tracker.log_experiment_tag(view_tag(name), shown)
 
 
 def open_parent(directory: SweepDirectory, sweep: Sweep) -> "NullTracker":

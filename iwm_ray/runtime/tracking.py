@@ -309,6 +309,7 @@ class _Record(_Part):
     files: tuple[_File, ...] = ()
     datasets: tuple[_Dataset, ...] = ()
     tags: tuple[_Tag, ...] = ()
+    experiment_tags: tuple[_Tag, ...] = ()
     status: str = ""
     """how the run ended, until the store knows"""
     is_trial: bool = False
@@ -434,6 +435,9 @@ class _Sender:
         for tag in self._ledger.record.tags:
             self._client.set_tag(run_id, tag.name, tag.value)
             self._ledger.remove("tags", tag)
+        for tag in self._ledger.record.experiment_tags:
+            self._client.set_experiment_tag(self._experiment(), tag.name, tag.value)
+            self._ledger.remove("experiment_tags", tag)
         for file in self._ledger.record.files:
             if Path(file.path).exists():
                 self._client.log_artifact(run_id, file.path, file.folder)
@@ -579,6 +583,9 @@ class NullTracker:
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Does nothing."""
 
+    def log_experiment_tag(self, name: str, value: str) -> None:
+        """Does nothing."""
+
     def log_dataset(
         self, name: str, digest: str, source: str, context: str = "training", num_samples: int = 0
     ) -> None:
@@ -662,6 +669,10 @@ class Tracker(NullTracker):
         """Sets tags that were not known when the run began, soon; a value is cut at MLflow's 8000 characters."""
         for name, value in tags.items():
             self._ledger.add("tags", _Tag(name=name, value=without_credentials(value)[:_TAG_CHARACTERS]))
+
+    def log_experiment_tag(self, name: str, value: str) -> None:
+        """Sets a tag of the whole experiment, soon."""
+        self._ledger.add("experiment_tags", _Tag(name=name, value=value))
 
     def log_dataset(
         self, name: str, digest: str, source: str, context: str = "training", num_samples: int = 0

@@ -347,7 +347,7 @@ def _tags(trial: Trial) -> dict[str, str]:
     short = short_names(trial.point)
     named = {short[axis]: value for axis, value in trial.point.items()}
     group = {name: value for name, value in named.items() if name != SEED}
-    return {"mlflow.runName": words(named), "iwm.group": words(group)} | {
+    return {"mlflow.runName": trial.short_title, "iwm.group": words(group)} | {
         f"iwm.axis.{name}": value for name, value in group.items()
     }
 

@@ -75,7 +75,7 @@ class Result:
         """A metric; NaN where it was not measured."""
         if "*" not in metric:
             return float(self.metrics.get(metric, math.nan))
-        pattern = re.compile(re.escape(metric).replace(r"\*", "[^/]+"))
+        pattern = _pattern(metric)
         found = [value for name, value in self.metrics.items() if pattern.fullmatch(name)]
         return float(np.mean(found)) if found else math.nan
 
@@ -178,6 +178,15 @@ def in_grid_order(results: Sequence[Result], known: Mapping[str, Point]) -> list
     else:
         points = _points([result.config for result in ordered])
     return [replace(result, point=point) for result, point in zip(ordered, points, strict=True)]
+
+
+def compared(results: Sequence[Result]) -> list[str]:
+    """The metrics by which trials are compared, MRR first: all that any of them has; before there are any, the probes."""
+    if not results:
+        return [MRR, LINEAR.metric, ATTENTIVE.metric]
+    known = dict.fromkeys(name for result in results for name in sorted(result.metrics))
+    wanted = [_pattern(outcome.metric) for outcome in OUTCOMES if outcome is not KNN]
+    return [MRR, *(name for pattern in wanted for name in known if pattern.fullmatch(name))]
 
 
 def configurations(results: Sequence[Result]) -> list[Configuration]:
@@ -323,6 +332,10 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[dict[str, Any]]]:
         for result in results
     ]
     return axes, rows
+
+
+def _pattern(metric: str) -> re.Pattern[str]:
+    return re.compile(re.escape(metric).replace(r"\*", "[^/]+"))
 
 
 def _result(path: Path, config: Config) -> Result:

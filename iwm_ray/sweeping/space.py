@@ -81,6 +81,12 @@ class Trial:
         """`predictor.depth=4 seed=1`"""
         return words(self.point)
 
+    @property
+    def short_title(self) -> str:
+        """`none, depth 4, seed 1`: fits a column of a table."""
+        named = zip(short_names(self.point).values(), self.point.values(), strict=True)
+        return ", ".join(value if value.isalpha() else f"{name} {value}" for name, value in named)
+
 
 @dataclass(frozen=True)
 class Sweep:
