@@ -106,7 +106,7 @@ class Report:
         seeds = ", ".join(figure(each) for each in group.seeds(metric))
         return [
             f"wanted {want}: nearest known is {group.title}",
-            f"  {metric} {value}, 95 % over images; by seed {seeds}",
+            f"  {metric} {value}, 95 %; by seed {seeds}",
             f"  {pretrain_command(group.results[0].config)}",
         ]
 
@@ -310,15 +310,14 @@ _RETRIEVAL_CAPTION = (
 )
 _MAP_CAPTION = (
     "Each large mark is a configuration, the mean over its seeds; small ones are the seeds. Whiskers are 95 % intervals "
-    "over test images, not over seeds. The dashed line is the MRR of guessing."
+    "over seeds and test images; of configurations with fewer than three seeds, over test images alone. The dashed line "
+    "is the MRR of guessing."
 )
 _EFFECTS_CAPTION = (
     "Small marks are configurations; the line joins the mean of those with each value, over all other axes."
 )
 _HEAT_CAPTION = "MRR, mean over seeds and over the axes that are not shown."
-_TABLE_CAPTION = (
-    "By rising MRR; means over seeds. One row a trial, with all figures: trials.csv, trials.parquet."
-)
+_TABLE_CAPTION = "By rising MRR; means over seeds, with intervals as on the map. One row a trial, with all figures: trials.csv, trials.parquet."
 _HEALTH_CAPTION = (
     "What the monitors said at the end of training. A trial that has collapsed is not on the map."
 )

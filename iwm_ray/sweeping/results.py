@@ -1,7 +1,8 @@
 """What the runs of a sweep found, read from their directories alone: configurations, relations, effects.
 
-The unit is the configuration: its seeds are repetitions. A figure of a configuration is the mean over its seeds; its
-interval is over test images (the mean of the seeds' intervals), and what the seeds differ by is told apart from it.
+The unit is the configuration: its seeds are repetitions. A figure of a configuration is the mean over its seeds. Its
+interval holds over seeds and test images: with three seeds or more it is theirs (Student's t; each has been measured on
+images of its own), but never narrower than that over test images alone (the mean of the seeds' intervals).
 """
 
 import json
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from iwm_ray import randomness
 from iwm_ray.config import Config
 from iwm_ray.errors import UsageError
+from iwm_ray.evaluation.intervals import repetitions_interval
 from iwm_ray.recipes import RECIPES
 from iwm_ray.run_directory import read_config
 from iwm_ray.sweeping.record import SweepDirectory
@@ -27,6 +29,8 @@ MRR = "mrr/mrr"
 FEWEST = (
     5  # configurations of which a rank correlation is told; of four, one order in twelve is perfect by chance
 )
+FEWEST_SEEDS = 3
+"""of which an interval over seeds is told; of two, Student's t is thirteen standard errors wide"""
 _RESAMPLES = 2000
 BEGUN, NOT_FINISHED = "begun", "not finished"
 """status and health line of a run without a summary"""
@@ -103,8 +107,13 @@ class Configuration:
         return float(np.mean(found)) if found else math.nan
 
     def interval(self, metric: str) -> tuple[float, float]:
-        """95 % over test images: the mean of the seeds' intervals."""
-        return self.mean(f"{metric}_low"), self.mean(f"{metric}_high")
+        """95 % over seeds and test images; of fewer than FEWEST_SEEDS over test images alone."""
+        low, high = self.mean(f"{metric}_low"), self.mean(f"{metric}_high")
+        found = self.seeds(metric)
+        if len(found) < FEWEST_SEEDS:
+            return low, high
+        below, above = repetitions_interval(found)
+        return float(np.fmin(low, below)), float(np.fmax(high, above))
 
 
 @dataclass(frozen=True)
