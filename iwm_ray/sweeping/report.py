@@ -317,7 +317,10 @@ _EFFECTS_CAPTION = (
     "Small marks are configurations; the line joins the mean of those with each value, over all other axes."
 )
 _HEAT_CAPTION = "MRR, mean over seeds and over the axes that are not shown."
-_TABLE_CAPTION = "By rising MRR; means over seeds, with intervals as on the map. One row a trial, with all figures: trials.csv, trials.parquet."
+_TABLE_CAPTION = (
+    "By rising MRR; means over seeds, with intervals as on the map. One row a trial, with every figure: trials.csv, "
+    "trials.parquet."
+)
 _HEALTH_CAPTION = (
     "What the monitors said at the end of training. A trial that has collapsed is not on the map."
 )
