@@ -52,7 +52,7 @@ class Cost:
         if all(part in self.rates for part, work in self.left.items() if work):
             seconds = {part: work / self.rates[part] / at_once for part, work in self.left.items() if work}
             words = ", ".join(f"{duration(value)} {PARTS[part]}" for part, value in seconds.items())
-            return f"{duration(sum(seconds.values()))} ({words}) at the pace of the {self.done} trials that are done"
+            return f"{duration(sum(seconds.values()))} ({words}) at the pace of {self.done} finished trials"
         rate = gemm_rate()
         low, high = (sum(self.left.values()) / (rate * share * at_once) for share in _SHARES)
         total = sum(self.left.values())
@@ -83,15 +83,15 @@ def cost(sweep: Sweep, left: Sequence[Trial], done: Sequence[Trial], directory: 
             known[shape] = trial_work(setup, sweep), setup.total_steps
         return known[shape]
 
-    seconds = {trial: found for trial in done if (found := directory.seconds(trial.hash))}
+    timed = [(trial, found) for trial in done if (found := directory.seconds(trial.hash))]
     rates = {}
     for part in PARTS:
-        spent = sum(found.get(part, 0.0) for found in seconds.values())
+        spent = sum(found.get(part, 0.0) for _, found in timed)
         if spent:
-            rates[part] = sum(work(trial)[0][part] for trial in seconds) / spent
+            rates[part] = sum(work(trial)[0][part] for trial, _ in timed) / spent
     steps = work((list(left) or list(done))[0])[1]
     total = {part: sum(work(trial)[0][part] for trial in left) for part in PARTS}
-    return Cost(total, steps, len(seconds), rates)
+    return Cost(total, steps, len(timed), rates)
 
 
 def trial_work(setup: Setup, sweep: Sweep) -> Work:
