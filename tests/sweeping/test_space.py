@@ -8,7 +8,7 @@ import pytest
 from iwm_ray.cli import parse_pretrain
 from iwm_ray.errors import UsageError
 from iwm_ray.sweeping.results import pretrain_command
-from iwm_ray.sweeping.space import SIZES, Axis, Sweep, base, choose
+from iwm_ray.sweeping.space import SIZES, Axis, Sweep, base, choose, short_names
 
 DOCUMENTS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.py"))
 
@@ -26,6 +26,18 @@ def test_a_grid_has_every_point_once_seed_by_seed():
     assert all(trial.hash == trial.config.hash() for trial in trials)
     assert trials[2].title == "predictor.depth=2 seed=1"
     assert trials[2].group == {"predictor.depth": "2"}
+
+
+def test_short_names_stay_apart():
+    axes = ["predictor.depth", "encoder.depth", "predictor.conditioning", "strength"]
+    assert short_names(axes) == {
+        "predictor.depth": "predictor.depth",
+        "encoder.depth": "encoder.depth",
+        "predictor.conditioning": "conditioning",
+        "strength": "strength",
+    }
+    trial = sweep(Axis.of("predictor.conditioning", "none"), Axis.of("predictor.depth", 4)).trials()[0]
+    assert trial.short_title == "none, depth 4"
 
 
 def test_a_grown_grid_keeps_its_trials():
