@@ -5,7 +5,7 @@
 IWM, I-JEPA and MAE on CIFAR-10: the same encoder, predictor, batch and number of images. For each the predictor is
 finetuned beside its control (a random predictor, the same seeds), and the target encoder is probed. Every part is a
 command of its own, which the same command continues. The paper, ImageNet, ViT-B, 300 epochs and 100 of finetuning:
-+1.8 points (IWM-Equi), +0.9 (I-JEPA), +0.1 to +0.3 (MAE). About an hour and a half on one core.
++1.8 points (IWM-Equi), +0.9 (I-JEPA), +0.1 to +0.3 (MAE). About half an hour on an idle core (estimate).
 """
 
 import argparse
