@@ -124,13 +124,15 @@ class Child:
 
     def __init__(self, engine: str, data: Path, folder: Path) -> None:
         command = [sys.executable, __file__, "--engine", engine, "--data", str(data), "--folder", str(folder)]
-        one_thread = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        # Ray's workers would run at nice 15: on a busy machine all that polls would wait for them, and be counted.
+        settings["RAY_worker_niceness"] = "0"
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **one_thread},
+            env={**os.environ, **settings},
         )
         self._tree = psutil.Process(self._process.pid)
 

@@ -165,7 +165,7 @@ def plan_lines(measurement: "Measurement") -> list[str]:
         f"  tasks      {' '.join(settings.tasks)}",
         f"  images     {len(measurement.train):,} training, "
         + (f"{len(measurement.test):,} test" if measurement.test else "a fifth of them held out for testing"),
-        f"  views      {banks:,} to encode for MRR, twice: trained and untrained",
+        f"  views      {banks:,} to encode for MRR" + ", twice: trained and untrained" * settings.untrained,
         f"  encoders   {', '.join(encoder.name for encoder in measurement.encoders.values())}",
     ]
 

@@ -130,13 +130,17 @@ class Measurement:
     @cached_property
     def encoders(self) -> dict[str, FrozenEncoder]:
         """Subject -> encoder: the target encoder first, then untrained weights, then what was asked for besides."""
-        found: dict[str, FrozenEncoder] = {
-            TRAINED: RunEncoder(self.trained),
-            UNTRAINED: RunEncoder(self.trained, "untrained"),
-        }
+        found: dict[str, FrozenEncoder] = {TRAINED: RunEncoder(self.trained)}
+        if self.settings.untrained:
+            found[UNTRAINED] = RunEncoder(self.trained, "untrained")
         for name in self.settings.encoders:
             found[name] = _encoder(self.trained, name)
         return found
+
+    @property
+    def _own(self) -> tuple[str, ...]:
+        """The subjects that have a predictor."""
+        return (TRAINED, UNTRAINED) if self.settings.untrained else (TRAINED,)
 
     def check(self, tasks: Sequence[TaskName]) -> None:
         """Finds what would make a task fail, before hours have gone into the ones ahead of it.
@@ -224,6 +228,7 @@ class Measurement:
         precision = uses_bfloat16(self.runtime, work_device(self.runtime))
         limits = asdict(self.limits)
         facts = [_VERSION, task, self.trained.hash, settings, data, encoders, precision, limits]
+        facts += [] if self.settings.untrained else [TRAINED]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     # World model
@@ -234,7 +239,7 @@ class Measurement:
         row_ids = np.array([index.row_id(int(sample)) for sample in samples])
         measured: dict[str, Metrics] = {}
         rows: dict[str, Rows] = {}
-        for subject in (TRAINED, UNTRAINED):
+        for subject in self._own:
             table = self._ask(task, subject, index, samples)
             measured[subject], some_rows = self._summarise(task, table, row_ids)
             if some_rows:
@@ -261,7 +266,7 @@ class Measurement:
     def _marginal(self) -> Found:
         """The linear probe on what the predictor expects of an image over many actions."""
         measured, counts = {}, []
-        for subject in (TRAINED, UNTRAINED):
+        for subject in self._own:
             train, test = (
                 self._expected(subject, index, samples)
                 for index, samples in zip((self.train, self.test or self.train), self._samples, strict=True)

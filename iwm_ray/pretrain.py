@@ -69,6 +69,7 @@ def pretrain(setup: "Setup", debug: bool = False) -> None:
             if setup.feed.quarantine and outcome.status != "failed":
                 setup.feed.quarantine.clear_marks()
             result = summary.summarise(setup, outcome)
+            tracker.log_tags(summary.tags(result))
             for picture in sorted(setup.run.pictures.glob("*.png")):
                 tracker.log_picture(picture)
             tracker.finish(TRACKER_STATUS[outcome.status])

@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from iwm_ray import cli
-from iwm_ray.config import Config
+from iwm_ray.config import Config, TrackingConfig
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.settings import MeasureConfig
-from iwm_ray.progress import duration, scanning
+from iwm_ray.finetuning.settings import FinetuneConfig, FinetuneDataConfig
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.sweeping.job import Job
 from iwm_ray.sweeping.record import SweepDirectory
-from iwm_ray.sweeping.space import Size, Sweep, Trial, choose
+from iwm_ray.sweeping.results import MRR, OUTCOMES, Result, compared
+from iwm_ray.sweeping.space import SEED, Size, Sweep, Trial, choose, short_names
 from iwm_ray.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
     from iwm_ray.runtime.tracking import NullTracker
     from iwm_ray.runtime.tune import Asha, Room
+    from iwm_ray.sweeping.report import Report
 
 Define = Callable[[Size], Sweep]
 """from the size that is wanted, the sweep"""
@@ -47,7 +49,7 @@ def _main(define: Define, arguments: Sequence[str]) -> None:
     if options.want_mrr is not None and not 0 <= options.want_mrr <= 1:
         raise UsageError(f"--want-mrr {options.want_mrr:g}: needs a number from 0 to 1")
     if options.report is not None:
-        _write_report(options.report, options)
+        _write_report(_open_report(options), options)
         return
     sweep = read_sweep(define, options)
     directory = SweepDirectory((options.output or default_output(sweep, options)).absolute())
@@ -56,8 +58,11 @@ def _main(define: Define, arguments: Sequence[str]) -> None:
     if options.dry_run:
         return
     run(plan, options.debug)
-    _write_report(directory.path, options)
-    _track_report(plan)
+    from iwm_ray.sweeping.report import Report
+
+    report = Report.open(directory.path)
+    _write_report(report, options)
+    _track_report(plan, report)
     failed = list(directory.failures().values())
     if failed:
         names = "; ".join(f"{each['title']}: {each['reason']}" for each in failed)
@@ -89,7 +94,10 @@ def _parser(document: str) -> cli.Parser:
     parser.add_argument("--smoke", action="store_true", help="one tiny value of each axis")
     parser.add_argument("--no-finetune", action="store_true", help="leave out predictor finetuning")
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="only write the report of a sweep's folder, or of runs"
+        "--report",
+        metavar="WHERE",
+        help="only write the report: of a sweep's folder, of a folder of runs, or, from MLflow alone, of an experiment of "
+        "--tracking.uri or of that store's URI (with --tracking.experiment) or of the id of a sweep's MLflow run",
     )
     parser.add_argument(
         "--want-mrr", type=float, metavar="X", help="name the known configuration nearest to this MRR"
@@ -121,7 +129,16 @@ def _parser(document: str) -> cli.Parser:
     measuring = parser.add_argument_group("measure", MeasureConfig.__doc__)
     for name, field in MeasureConfig.model_fields.items():
         cli.add_option(measuring, f"measure.{name}", field)
+    tuning = parser.add_argument_group("finetune", FinetuneConfig.__doc__)
+    for name in FINETUNED:
+        cli.add_option(tuning, f"finetune.{name}", FinetuneConfig.model_fields[name])
+    for name in FINETUNED_ON:
+        cli.add_option(tuning, f"finetune.{name}", FinetuneDataConfig.model_fields[name])
     return parser
+
+
+FINETUNED = ("tune", "seeds", "head", "epochs", "steps", "batch_size", "lr", "pretrained_lr_factor")
+FINETUNED_ON = ("num_train", "num_test")
 
 
 WANTED = ("best-linear", "best-attentive", "best-finetuned", "invariant", "equivariant")
@@ -137,12 +154,22 @@ def read_sweep(define: Define, options: argparse.Namespace) -> Sweep:
     tree = {"measure": sweep.measure.model_dump()} | sweep.base.model_dump()
     cli.override(tree, options)
     measure = cli.validate_as(MeasureConfig, tree.pop("measure"))
-    sweep = replace(sweep, base=cli.validate(tree), measure=measure)
+    finetune = _read_finetune(sweep.finetune, tree.pop("finetune", {}))
+    sweep = replace(sweep, base=cli.validate(tree), measure=measure, finetune=finetune)
     if options.seeds:
         sweep = sweep.with_seeds(options.seeds)
     if options.no_finetune:
         sweep = replace(sweep, finetune=None)
     return sweep.smoke() if options.smoke else sweep
+
+
+def _read_finetune(usual: FinetuneConfig | None, given: dict[str, object]) -> FinetuneConfig | None:
+    """The sweep's own finetuning, changed; a sweep without one gets what is asked for."""
+    if not given:
+        return usual
+    tree = (usual or FinetuneConfig()).model_dump()
+    tree["data"] |= {name: given.pop(name) for name in FINETUNED_ON if name in given}
+    return cli.validate_as(FinetuneConfig, tree | given)
 
 
 def default_output(sweep: Sweep, options: argparse.Namespace) -> Path:
@@ -167,7 +194,8 @@ class Plan:
     asha: "Asha | None"
     max_failures: int
     room: "Room"
-    hours: str
+    time: str
+    """of what is left, in words"""
 
 
 def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespace) -> Plan:
@@ -177,6 +205,7 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         UsageError: an axis, a value, the data, the search or the resources.
     """
     from iwm_ray.runtime import tracking, tune
+    from iwm_ray.sweep_cost import cost
 
     tracking.check_uri(sweep.base)
     if options.search == "optuna":
@@ -193,12 +222,13 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         if directory.status(sweep, trial, keep_stopped=bool(options.asha)) not in ("finished", "stopped")
     ]
     room = tune.make_room(trials[0].config, options.gpus_per_trial, max(1, len(left)), options.at_once)
-    hours, total_steps = _expected(left or trials[:1], directory, room.at_once)
+    done = [trial for trial in trials if trial not in left]
+    work = cost(sweep, left or trials[:1], done, directory)
     asha = None
     if options.asha:
-        every = trials[0].config.monitor.every_steps or max(1, total_steps // 10)
+        every = trials[0].config.monitor.every_steps or max(1, work.steps // 10)
         mode = "min" if options.asha in _MINIMISED else "max"
-        asha = tune.Asha(options.asha, mode, total_steps, max(1, 2 * every))
+        asha = tune.Asha(options.asha, mode, work.steps, max(1, 2 * every))
     num_samples = 0
     if options.search == "optuna":
         num_samples = max(0, min(options.trials - (len(trials) - len(left)), len(left)))
@@ -213,7 +243,7 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         asha,
         options.max_failures,
         room,
-        hours,
+        work.line(trials[0].config, room.at_once),
     )
 
 
@@ -222,34 +252,6 @@ def _check_optuna(options: argparse.Namespace) -> None:
         raise UsageError("--search optuna: optuna is not installed; pip install 'iwm_ray[sweep]'")
     if options.asha:
         raise UsageError("--search optuna has two goals, and --asha follows one metric; drop one of them")
-
-
-def _expected(trials: Sequence[Trial], directory: SweepDirectory, at_once: int) -> tuple[str, int]:
-    """Time of the training of all trials, in words, and the steps of one."""
-    import torch
-
-    from iwm_ray.build import build
-    from iwm_ray.model.iwm import build_model
-    from iwm_ray.plan_report import gemm_rate, step_flops
-
-    total, steps, known = 0, 0, {}
-    for trial in trials:
-        shape = trial.config.model_copy(update={"seed": 0}).hash()
-        if shape not in known:
-            setup = build(trial.config, directory.run(trial.hash), scanning(trial.config.data.path))
-            with torch.device("meta"):
-                model = build_model(trial.config, setup.policy.action_dim)
-            known[shape], steps = step_flops(setup, model) * setup.total_steps, setup.total_steps
-        total += known[shape]
-    config = trials[0].config
-    if config.runtime.use_gpu:
-        gpu_hours = total / 1e15 / 3600
-        return (
-            f"{gpu_hours:,.1f} GPU-hours of training at 1000 TFLOP/s; expect 20 to 50 % of a GPU's peak",
-            steps,
-        )
-    low, high = (total / (gemm_rate() * share * at_once) for share in (0.8, 0.25))
-    return f"{duration(low)} to {duration(high)} of training on these CPUs, measuring on top", steps
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -264,7 +266,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"  measured   {' '.join(sweep.measure.tasks)}"
         + (f", predictor finetuning with its control, {len(tuned.seeds)} seeds" if tuned else ""),
         f"  resources  {plan.room.line}",
-        f"  time       {plan.hours}",
+        f"  time       {plan.time}",
     ]
     if plan.asha:
         lines.append(
@@ -273,11 +275,27 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _write_report(folder: Path, options: argparse.Namespace) -> None:
-    """Writes and names the report; prints its sentences and what was asked of the dial."""
+def _open_report(options: argparse.Namespace) -> "Report":
+    """From a folder, or from MLflow where there is none of that name."""
     from iwm_ray.sweeping.report import Report
 
-    report = Report.open(folder)
+    if Path(options.report).is_dir():
+        return Report.open(Path(options.report))
+    if importlib.util.find_spec("mlflow") is None:
+        raise UsageError(
+            f"--report {options.report}: no such folder, and MLflow is not installed; give a folder"
+        )
+    from iwm_ray.runtime.tracked import read_report
+
+    tree: dict[str, dict[str, object]] = {}
+    cli.override(tree, options)
+    return read_report(
+        options.report, cli.validate_as(TrackingConfig, tree.get("tracking", {})), options.output
+    )
+
+
+def _write_report(report: "Report", options: argparse.Namespace) -> None:
+    """Writes and names the report; prints its sentences and what was asked of the dial."""
     page = report.write()
     print("\n".join(report.text))
     for want in (options.want_mrr, options.want):
@@ -328,19 +346,36 @@ def _note_stopped(plan: Plan) -> None:
             plan.directory.note_done(plan.sweep, trial, {}, "stopped")
 
 
-def _track_report(plan: Plan) -> None:
+def _track_report(plan: Plan, report: "Report") -> None:
     """Adds the report, and the few figures that it comes to, to the sweep's MLflow run."""
-    from iwm_ray.sweeping.report import Report
-
     directory, run_directory = plan.directory, RunDirectory(plan.directory.path)
-    report = Report.open(directory.path)
     with run_directory.lock():
         finished = sum(result.status == "finished" for result in report.results)
         MetricsLog(run_directory.metrics).correct(finished, report.figures())
         tracker = open_parent(directory, plan.sweep).start()
+        _share_view(plan, tracker, report.results)
+        tracker.log_tags({"mlflow.note.content": _note(plan.sweep, [*report.text, "", *report.markdown()])})
         for file in sorted(directory.report.iterdir()):
             tracker.log_file(file, "report")
         tracker.finish("FAILED" if directory.failures() else "FINISHED", _TRACKING_SECONDS)
+
+
+_UNDER_WAY = "Under way; the report follows when the last trial has ended."
+
+
+def _note(sweep: Sweep, findings: Sequence[str]) -> str:
+    """The description of the sweep's MLflow run, Markdown."""
+    figures = ", ".join(f"`{name}`" for name in (MRR, *(each.metric for each in OUTCOMES[:3])))
+    return "\n".join(
+        [
+            f"**{sweep.question}**",
+            "",
+            *findings,
+            "",
+            f"One child is one trial, the params `axis.*` are what varies; compare {figures}. The report with its pictures "
+            "and tables is among the artifacts: `report/report.html`.",
+        ]
+    )
 
 
 @contextmanager
@@ -348,10 +383,25 @@ def _parent(plan: Plan) -> Iterator[dict[str, str]]:
     """The MLflow run of the sweep; gives the tags that make a trial's run its child."""
     tags = {"iwm.sweep": plan.sweep.name}
     with open_parent(plan.directory, plan.sweep) as tracker:
+        tracker.log_file(plan.directory.definition, "")
         until = time.monotonic() + _PARENT_SECONDS
         while tracker.uri != "none" and not tracker.run_id and time.monotonic() < until:
             time.sleep(0.1)
+        _share_view(plan, tracker, [])
         yield tags | ({"mlflow.parentRunId": tracker.run_id} if tracker.run_id else {})
+
+
+def _share_view(plan: Plan, tracker: "NullTracker", results: Sequence[Result]) -> None:
+    """Puts the sweep into the menu "Views" of MLflow's page."""
+    from iwm_ray.runtime.sweep_view import view, view_tag
+
+    if not tracker.run_id:
+        return
+    name, axes = plan.sweep.name, plan.sweep.axes
+    short = short_names(axis.name for axis in axes)
+    varied = [f"axis.{short[axis.name]}" for axis in axes if axis.name != SEED]
+    shown = view(f"Sweep {name}", tracker.run_id, varied, compared(results), round(1000 * time.time()))
+    tracker.log_experiment_tag(view_tag(name), shown)
 
 
 def open_parent(directory: SweepDirectory, sweep: Sweep) -> "NullTracker":
@@ -360,5 +410,7 @@ def open_parent(directory: SweepDirectory, sweep: Sweep) -> "NullTracker":
 
     if importlib.util.find_spec("mlflow") is None:
         return tracking.NullTracker()
-    tags = {"iwm.sweep": sweep.name, "mlflow.note.content": sweep.question}
+    short = short_names(axis.name for axis in sweep.axes)
+    tags = {"iwm.sweep": sweep.name, "mlflow.note.content": _note(sweep, [_UNDER_WAY])}
+    tags |= {f"iwm.axis.{short[axis.name]}": ", ".join(axis.values) for axis in sweep.axes}
     return tracking.open_tracker(directory.path, sweep.base, f"sweep {sweep.name}", tags)

@@ -64,7 +64,7 @@ def train(config: Config, run: RunDirectory, tags: dict[str, str]) -> "Outcome":
             if outcome is None:
                 summary.note_start(run)
                 outcome = trainer_of(setup)()
-            summary.summarise(setup, outcome)
+            tracker.log_tags(summary.tags(summary.summarise(setup, outcome)))
             for picture in sorted(run.pictures.glob("*.png")):
                 tracker.log_picture(picture)
             tracker.finish(TRACKER_STATUS[outcome.status])

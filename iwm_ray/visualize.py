@@ -271,7 +271,7 @@ def _components_part(subject: Subject) -> parts.Part:
     """From the run's evaluation where there is one; else measured here, on less."""
     names = [component.name for component in subject.setup.policy.target_jitter.fields]
     kept = kept_result(subject.trained, "mrr")
-    if kept and kept.settings["components"]:
+    if kept and kept.settings["components"] and UNTRAINED in kept.measured:
         measured, settings = kept.measured, kept.settings
         return parts.components_part(
             measured[TRAINED], measured[UNTRAINED], names, settings["views"], settings["images"]
@@ -290,7 +290,7 @@ def _record_parts(subject: Subject) -> Iterator[parts.Part]:
     kept = kept_result(subject.trained, "action_r2")
     if kept:
         names = [component.name for component in schema]
-        yield parts.action_r2_part(kept.measured[TRAINED], names, kept.measured[UNTRAINED])
+        yield parts.action_r2_part(kept.measured[TRAINED], names, kept.measured.get(UNTRAINED))
     yield parts.curves_part(subject.records, f"Training curves of {config.recipe}")
 
 

@@ -13,8 +13,8 @@ that is larger than what seeds differ by speaks for the paper; a smooth rise, or
     python sweeps/capacity_sweep.py --size imagenet --data.path s3://... --runtime.num-workers 8 --seeds 0
     python sweeps/capacity_sweep.py --report runs/sweeps/capacity-cifar10
 
-Cost: 27 trials; --dry-run says how long they take on the machine at hand.
-Last result: none yet.
+Cost: 27 trials; --dry-run says how long training, measuring and finetuning take on the machine at hand.
+Last result: not run as a whole yet. Depth 2 against 4 in a first small map: no effect (0.003; docs/log.md, 2026-11-22).
 """
 
 from iwm_ray.sweep import main

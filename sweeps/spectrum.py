@@ -3,36 +3,40 @@
 Question: how does what a world model knows of its actions (MRR) go with what its representation is good for, and which
 settings move a model along that line?
 
-Space: conditioning x predictor depth x jitter strength x seeds.
+Space: conditioning x predictor depth x jitter strength (the paper's, and METHOD's strong one) x seeds, seed by seed.
 
 What would count as an answer: MRR from chance to as high as it goes, on at least 12 configurations with 3 seeds; the
 rank correlation of MRR with the linear probe, the attentive probe and the gain of predictor finetuning over its
 control, with intervals (paper, IWM section 5: -0.85 for the linear probe, +0.93 for predictor finetuning).
 
-    python sweeps/spectrum.py                                           photographs, about an hour on 2 cores
+    python sweeps/spectrum.py                                           photographs, a first look
     python sweeps/spectrum.py --size cifar10 --data.path train.parquet --data.test-path test.parquet
     python sweeps/spectrum.py --size imagenet --data.path s3://... --runtime.num-workers 8 --dry-run
-    python sweeps/spectrum.py --report runs/sweeps/spectrum-cifar10     the report alone
+    python sweeps/spectrum.py --report runs/sweeps/spectrum-cifar10     the report alone, from the folder
+    python sweeps/spectrum.py --report spectrum --tracking.uri http://mlflow:5000     or from MLflow alone
     python sweeps/spectrum.py --report runs/sweeps/spectrum-cifar10 --want-mrr 0.5
 
-Last result: see docs/log.md.
+Cost: 36 trials; --dry-run says how long training, measuring and finetuning take on the machine at hand.
+Last result: RESULT
 """
 
 from iwm_ray.sweep import main
 from iwm_ray.sweeping.space import Axis, Size, Sweep, base, finetuning
 
-DEPTHS: dict[Size, tuple[int, ...]] = {"laptop": (2, 4), "cifar10": (2, 4), "imagenet": (12, 18)}
+DEPTHS: dict[Size, tuple[int, ...]] = {"laptop": (2, 4), "cifar10": (1, 4), "imagenet": (12, 18)}
 
 
 def define(size: Size) -> Sweep:
     """The sweep of a size."""
-    start = base(size).views
-    jitter = {name: getattr(start, name) for name in ("brightness", "contrast", "saturation", "hue")}
+    jitter = {
+        "paper": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},
+        "strong": {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2},
+    }
     strength = Axis(
         "strength",
         {
-            name: {f"views.{part}": round(factor * value, 3) for part, value in jitter.items()}
-            for name, factor in {"half": 0.5, "full": 1.0}.items()
+            name: {f"views.{part}": value for part, value in strengths.items()}
+            for name, strengths in jitter.items()
         },
     )
     axes = (

@@ -13,8 +13,8 @@ destructive transforms. Each model is asked about actions of its own strength, s
     python sweeps/strength_sweep.py --size imagenet --data.path s3://... --runtime.num-workers 8 --seeds 0
     python sweeps/strength_sweep.py --report runs/sweeps/strength-cifar10
 
-Cost: 18 trials; --dry-run says how long they take on the machine at hand.
-Last result: none yet.
+Cost: 18 trials; --dry-run says how long training, measuring and finetuning take on the machine at hand.
+Last result: not run yet.
 """
 
 from iwm_ray.sweep import main

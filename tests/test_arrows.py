@@ -42,7 +42,7 @@ LAYERS = [
         "doctor",
         "__main__",
     ],
-    ["trial"],
+    ["trial", "sweep_cost"],
     ["sweep"],
 ]
 # Siblings that must not know each other: they meet in Batch and in one integer.

@@ -72,6 +72,17 @@ def test_world_model_and_representation_are_measured_beside_untrained_weights(ru
     assert "linear probe" in said.out
 
 
+def test_untrained_weights_may_be_left_out(run, evaluate):
+    """The other figures are the same; and a result without them is none for a command that wants them."""
+    assert evaluate(run, "--tasks", "mrr", "linear", measure__untrained="false")[0] == 0
+    alone = results(run)
+    assert {tuple(result["measured"]) for result in alone.values()} == {("trained",)}
+    assert evaluate(run, "--tasks", "mrr", "linear")[0] == 0
+    for name, result in results(run).items():
+        assert set(result["measured"]) == {"trained", "untrained"}
+        assert result["measured"]["trained"] == alone[name]["measured"]["trained"]
+
+
 def test_actions_and_errors_are_measured(run, evaluate):
     code, said = evaluate(run, "--tasks", "action_r2", "error", measure__images=20)
     assert code == 0, said.err

@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,29 @@ def test_views_made_on_the_device_agree_with_those_of_the_host(setups):
         difference = (getattr(host, name).int() - getattr(device, name).int()).abs()
         assert (difference <= 2).float().mean() > 0.999
         assert difference.float().mean() < 0.5
+
+
+@pytest.mark.filterwarnings("error")
+def test_tensors_share_the_memory_of_images_alone():
+    columns = {"source": np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3), "counter": np.arange(5)}
+    for values in columns.values():
+        values.flags.writeable = False
+    tensors = to_tensors(columns)
+    for name, shared in (("source", True), ("counter", False)):
+        assert np.shares_memory(tensors[name].numpy(), columns[name]) == shared
+        np.testing.assert_array_equal(tensors[name].numpy(), columns[name])
+
+
+def test_shared_memory_lives_as_long_as_its_tensor():
+    values = np.full((8, 64, 64, 3), 7, np.uint8)
+    values.flags.writeable = False
+    alive = weakref.ref(values)
+    tensor = to_tensors({"source": values})["source"]
+    del values
+    assert alive() is not None
+    assert (tensor == 7).all()
+    del tensor
+    assert alive() is None
 
 
 def test_the_local_loader_keeps_the_order_of_the_plan(setups):

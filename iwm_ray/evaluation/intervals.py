@@ -1,6 +1,6 @@
 """How sure a figure is: percentile intervals of the bootstrap over images, and over seeds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,17 @@ Floats = NDArray[np.float64]
 
 _NUM_RESAMPLES = 2000  # the ends are then steady to some hundredths of the interval
 _ENDS = (0.025, 0.975)
+_STUDENT = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+)  # 97.5 %, 1 to 9 degrees of freedom
 _AT_ONCE = 100  # resamples of a table; bounds the memory of the table of counts
 
 
@@ -86,3 +97,13 @@ def seeds_interval(values: NDArray[np.floating], over_seeds: bool) -> Interval:
         means.append((seeds.T * by_seed).sum(0) / num_seeds)
     low, high = np.quantile(np.concatenate(means), _ENDS)
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def repetitions_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of the 95 % interval (Student's t) of the mean of repetitions; NaN of fewer than two."""
+    count = len(values)
+    if count < 2:
+        return np.nan, np.nan
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+    half = _STUDENT[min(count - 1, len(_STUDENT)) - 1] * spread / count**0.5
+    return mean - half, mean + half

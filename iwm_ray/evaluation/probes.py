@@ -59,6 +59,11 @@ class Grid:
         """(learning rate, weight decay) of every head."""
         return list(product(self.learning_rates, self.weight_decays))
 
+    def num_steps(self, num_images: int) -> int:
+        """Optimizer steps on so many training images."""
+        by_epoch = -(-num_images // self.batch_size)
+        return max(self.epochs, -(-self.min_steps // by_epoch)) * by_epoch
+
 
 LINEAR = Grid((3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (1e-2, 1e-3, 1e-4, 0.0), epochs=30, min_steps=1000)
 ATTENTIVE = Grid((3e-4, 1e-3, 3e-3), (0.01, 0.3), epochs=20, min_steps=500)
@@ -423,7 +428,7 @@ def _probe(
 ) -> tuple[ProbeResult, NDArray[np.bool_]]:
     """Tries the grid, trains the winner's setting on all of `train`, and says which test images it gets right."""
     held_out, rest = _split(train.labels, grid.held_out, key(seed, "held out"), most=True)
-    steps = _num_steps(grid, len(rest)), _num_steps(grid, len(train.rows))
+    steps = grid.num_steps(len(rest)), grid.num_steps(len(train.rows))
     tick = _counting(progress, sum(steps))
     heads = _learn(make, task.num_classes, train.take(rest), grid, grid.settings, seed, device, tick)
     tried = _judged(heads, grid, train.take(held_out), device)
@@ -458,11 +463,6 @@ def _counting(progress: Progress | None, count: int) -> Callable[[], None]:
     return tick
 
 
-def _num_steps(grid: Grid, num_images: int) -> int:
-    by_epoch = -(-num_images // grid.batch_size)
-    return max(grid.epochs, -(-grid.min_steps // by_epoch)) * by_epoch
-
-
 def _learn(
     make: _Make,
     num_classes: int,
@@ -478,7 +478,7 @@ def _learn(
         torch.manual_seed(key(seed, "probe weights"))
         heads = make(settings, num_classes, data).to(device)
     heads.eval()  # the normalisation's statistics stay as they are; nothing else knows of modes
-    num_steps = _num_steps(grid, len(data.rows))
+    num_steps = grid.num_steps(len(data.rows))
     for step, numbers in enumerate(_orders(data, grid, num_steps, key(seed, "probe order"))):
         values, labels = data.take(numbers).load(device)
         logits = heads(values)

@@ -41,6 +41,8 @@ class MeasureConfig(_Part):
     encoders: tuple[str, ...] = ()
     """more encoders for the tasks that need no predictor: `context`, or timm's names (with a tag, timm's weights are
     downloaded), or NAME=FILE.safetensors"""
+    untrained: bool = True
+    """the same of untrained weights, to compare with: twice the work"""
     images: Annotated[int, Field(ge=2)] = 1000
     """test images of the world model's tasks"""
     views: Annotated[int, Field(ge=2)] = 256

@@ -123,7 +123,7 @@ def _legends(
     """Three keys in a row at the foot: what colours, shapes and lines mean."""
     lines = [
         Line2D([], [], color=GREY, marker="o", ls="", ms=3, alpha=0.6, label="one seed"),
-        Line2D([], [], color=GREY, lw=1.2, label="95 % over images"),
+        Line2D([], [], color=GREY, lw=1.2, label="95 % interval"),
     ]
     if np.isfinite(chance):
         lines.append(Line2D([], [], color=GREY, lw=1.2, ls="--", label="MRR by chance"))

@@ -1,7 +1,7 @@
 """The stream of a run's samples as a Ray Data pipeline: places in the stream -> rows, made by tasks on CPU nodes.
 
 A run may have hundreds of millions of samples, and Ray wants to know all tasks of an execution before the first one
-runs. So the stream is cut into segments of a few thousand tasks; each time the dataset is iterated it gives the next
+runs. So the stream is cut into segments of a thousand tasks; each time the dataset is iterated it gives the next
 segment. The tasks of a segment start only as the trainer takes their rows.
 """
 

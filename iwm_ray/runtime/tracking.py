@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,15 @@ _ALLOWED = "sqlite:///mlflow.db, http(s)://HOST:PORT, a postgresql or mysql URI,
 
 _METRICS_PER_REQUEST = 1000  # MLflow's limits
 _PARAMS_PER_REQUEST = 100
+_TAG_CHARACTERS = 8000
+_GROUP = "iwm.group"
+_AXIS = "iwm.axis."
+# A sweep's runs are compared in one table, which slows with every column and hides what matters. What a trial's run
+# leaves out stands in its metrics.jsonl and in its Parquet artifacts.
+_OF_ONE_RUN = re.compile(
+    r"system/.*|mrr/pooled_.*|mrr/mean_rank.*|mrr/h\d+_(low|high)|monitor/(seconds|knn_chance)"
+    r"|train/(?!loss$|lr$|samples_per_second$).*"
+)
 _POLL_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 15.0
 _SYSTEM_METRICS_SECONDS = 10.0
@@ -60,6 +69,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
 }
 
@@ -134,6 +144,27 @@ def check_uri(config: Config) -> str | None:
     return f"{without_credentials(uri)} {problem}; metrics wait in RUN/metrics.jsonl until it answers"
 
 
+def open_store(config: Config) -> tuple[Any, str]:
+    """An MLflow client that reads the configuration's store, and the store's URI as it may be shown.
+
+    Raises:
+        UsageError: see `tracking_uri`; and a store that is not there: reading creates none.
+    """
+    uri = tracking_uri(config)
+    shown = without_credentials(uri)
+    if uri == "none" or (uri.startswith("sqlite") and not _sqlite_file(uri).is_file()):
+        raise UsageError(f"tracking.uri {shown}: there is nothing to read; give the store that has the runs")
+    load_mlflow(uri)
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        client.search_experiments(max_results=1)
+    except failures() as failure:
+        raise UsageError(f"tracking.uri {shown}: does not answer ({reason(failure)})") from None
+    return client, shown
+
+
 def ui_command(uri: str) -> str:
     """The line that opens the MLflow UI of a store: a command, or the address of a server."""
     shown = without_credentials(uri)
@@ -178,7 +209,7 @@ def _probe(uri: str) -> str | None:
             return f"refuses us ({error.code}): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         return f"answers {error.code}: is that an MLflow server?"
     except (OSError, ValueError) as error:
-        return f"does not answer ({_reason(error)})"
+        return f"does not answer ({reason(error)})"
 
 
 # ---- what is to be sent ----
@@ -262,6 +293,11 @@ class _Dataset(_Part):
     num_samples: int
 
 
+class _Tag(_Part):
+    name: str
+    value: str
+
+
 class _Record(_Part):
     """What one store has and what it still has to get."""
 
@@ -272,8 +308,12 @@ class _Record(_Part):
     offset: int = 0
     files: tuple[_File, ...] = ()
     datasets: tuple[_Dataset, ...] = ()
+    tags: tuple[_Tag, ...] = ()
+    experiment_tags: tuple[_Tag, ...] = ()
     status: str = ""
     """how the run ended, until the store knows"""
+    is_trial: bool = False
+    """whether it gets those metrics alone by which trials are compared"""
 
 
 class _Stores(_Part):
@@ -395,9 +435,16 @@ class _Sender:
             self._open_run()
         run_id = self._ledger.record.run_id
         self._send_reports(run_id, given_up)
-        self._send_system_metrics(run_id)
+        if not self._ledger.record.is_trial:
+            self._send_system_metrics(run_id)
         for dataset in self._ledger.record.datasets:
             self._send_dataset(run_id, dataset)
+        for tag in self._ledger.record.tags:
+            self._client.set_tag(run_id, tag.name, tag.value)
+            self._ledger.remove("tags", tag)
+        for tag in self._ledger.record.experiment_tags:
+            self._client.set_experiment_tag(self._experiment(), tag.name, tag.value)
+            self._ledger.remove("experiment_tags", tag)
         for file in self._ledger.record.files:
             if Path(file.path).exists():
                 self._client.log_artifact(run_id, file.path, file.folder)
@@ -459,6 +506,8 @@ class _Sender:
         from mlflow.tracking.context.registry import resolve_tags
 
         flat = {name: without_credentials(str(value)) for name, value in self._params.items()}
+        # Parallel coordinates and scatters take params, no tags.
+        flat |= {name.removeprefix("iwm."): value for name, value in self._tags.items() if _AXIS in name}
         params = [Param(name, value) for name, value in flat.items() if name not in run.data.params]
         for first in range(0, len(params), _PARAMS_PER_REQUEST):
             self._client.log_batch(run.info.run_id, params=params[first : first + _PARAMS_PER_REQUEST])
@@ -467,7 +516,7 @@ class _Sender:
             "iwm.recipe": self._config.recipe,
             "iwm.seed": str(self._config.seed),
         }
-        tags |= {name: without_credentials(value) for name, value in self._tags.items()}
+        tags |= {name: without_credentials(value) for name, value in self._tags.items() if _AXIS not in name}
         self._client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def _send_reports(self, run_id: str, given_up: threading.Event) -> None:
@@ -476,7 +525,11 @@ class _Sender:
             reports = read_reports(self._run.metrics, offset)
             if reports.end == offset:
                 return
-            self._send_points(run_id, reports.points)
+            is_trial = self._ledger.record.is_trial
+            self._send_points(
+                run_id,
+                [each for each in reports.points if not (is_trial and _OF_ONE_RUN.fullmatch(each.name))],
+            )
             self._ledger.change(offset=reports.end)
 
     def _send_system_metrics(self, run_id: str) -> None:
@@ -534,6 +587,12 @@ class NullTracker:
     def log_file(self, path: Path, folder: str) -> None:
         """Does nothing."""
 
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Does nothing."""
+
+    def log_experiment_tag(self, name: str, value: str) -> None:
+        """Does nothing."""
+
     def log_dataset(
         self, name: str, digest: str, source: str, context: str = "training", num_samples: int = 0
     ) -> None:
@@ -567,7 +626,8 @@ class Tracker(NullTracker):
         run_dir: the run directory; it exists.
         config: gives the params, the experiment and the store.
         run_name: shown in MLflow's list of runs.
-        tags: more tags for the MLflow run; `mlflow.parentRunId` makes it a child.
+        tags: more tags for the MLflow run. `mlflow.parentRunId` makes it a child; `iwm.group` a trial of a sweep,
+            which gets fewer metrics; `iwm.axis.NAME` becomes the param `axis.NAME`.
         params: of the MLflow run; None: those of `config`.
         say: receives one line when the store goes, comes back, or has not got everything at the end.
 
@@ -588,6 +648,7 @@ class Tracker(NullTracker):
         self.uri = tracking_uri(config)
         self._shown, self._metrics, self._say = without_credentials(self.uri), run.metrics, say
         self._ledger = _Ledger(run.path / LEDGER_NAME, self._shown, say)
+        self._is_trial = self._ledger.record.is_trial or _GROUP in (tags or {})
         params = config.flat() if params is None else params
         self._sender = _Sender(run, config, self.uri, run_name, tags or {}, params, self._ledger)
         self._closing, self._given_up = threading.Event(), threading.Event()
@@ -601,8 +662,8 @@ class Tracker(NullTracker):
 
     def start(self) -> Self:
         """Starts the thread; loads MLflow (about a second)."""
-        _load_mlflow(self.uri)
-        self._ledger.change(status="")
+        load_mlflow(self.uri)
+        self._ledger.change(status="", is_trial=self._is_trial)
         self._thread.start()
         return self
 
@@ -613,6 +674,15 @@ class Tracker(NullTracker):
     def log_file(self, path: Path, folder: str) -> None:
         """Uploads a file to an artifact folder, soon; it must stay where it is."""
         self._ledger.add("files", _File(path=str(path.absolute()), folder=folder))
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Sets tags that were not known when the run began, soon; a value is cut at MLflow's 8000 characters."""
+        for name, value in tags.items():
+            self._ledger.add("tags", _Tag(name=name, value=without_credentials(value)[:_TAG_CHARACTERS]))
+
+    def log_experiment_tag(self, name: str, value: str) -> None:
+        """Sets a tag of the whole experiment, soon."""
+        self._ledger.add("experiment_tags", _Tag(name=name, value=value))
 
     def log_dataset(
         self, name: str, digest: str, source: str, context: str = "training", num_samples: int = 0
@@ -658,7 +728,12 @@ class Tracker(NullTracker):
             with self._metrics.open("rb") as file:
                 file.seek(record.offset)
                 lines = sum(line.endswith(b"\n") for line in file)
-        counts = {"reports": lines, "files": len(record.files), "data sets": len(record.datasets)}
+        counts = {
+            "reports": lines,
+            "files": len(record.files),
+            "data sets": len(record.datasets),
+            "tags": len(record.tags),
+        }
         parts = [f"{count} {what}" for what, count in counts.items() if count]
         if record.status:
             parts.append(f"the status {record.status}")
@@ -670,7 +745,7 @@ class Tracker(NullTracker):
             is_last = self._closing.is_set()
             try:
                 self._sender.send(self._given_up)
-            except _failures() as failure:
+            except failures() as failure:
                 self._sender.look_again()
                 self._say_down(failure)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -689,7 +764,7 @@ class Tracker(NullTracker):
     def _say_down(self, failure: BaseException) -> None:
         if not self._is_down:
             self._is_down = True
-            self._say(f"{self._shown} takes no metrics ({_reason(failure)}); they wait in {self._metrics}")
+            self._say(f"{self._shown} takes no metrics ({reason(failure)}); they wait in {self._metrics}")
 
     def _say_up(self) -> None:
         if self._is_down:
@@ -731,7 +806,7 @@ def reopened(run: RunDirectory, config: Config) -> Iterator[NullTracker]:
             tracker.finish(deadline_seconds=_ADDING_SECONDS)
 
 
-def _load_mlflow(uri: str) -> None:
+def load_mlflow(uri: str) -> None:
     """Imports MLflow, in the caller's thread, since two threads that import the same packages can trip over
     one another, and quiets it: what a user must know, the tracker says."""
     for name, value in _ENVIRONMENT.items():
@@ -745,7 +820,7 @@ def _load_mlflow(uri: str) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _failures() -> tuple[type[BaseException], ...]:
+def failures() -> tuple[type[BaseException], ...]:
     """What a store may throw. Artifact stores throw their own libraries' errors, none of which must stop the
     metrics; a library that is not loaded can't have thrown."""
     from mlflow.exceptions import MlflowException
@@ -763,7 +838,7 @@ def _failures() -> tuple[type[BaseException], ...]:
     return (MlflowException, SQLAlchemyError, OSError, ImportError, *loaded)
 
 
-def _reason(failure: BaseException) -> str:
+def reason(failure: BaseException) -> str:
     """The innermost cause in one short line, without credentials."""
     inner: BaseException | None = failure
     while inner is not None:

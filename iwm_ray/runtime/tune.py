@@ -27,7 +27,7 @@ from iwm_ray.run_directory import RunDirectory
 from iwm_ray.runtime import cluster
 from iwm_ray.runtime.cluster import Asked, Node
 from iwm_ray.sweeping.job import Job
-from iwm_ray.sweeping.space import Trial
+from iwm_ray.sweeping.space import SEED, Trial, short_names, words
 from iwm_ray.training import metrics_log
 
 Work = Callable[[Job], None]
@@ -405,10 +405,12 @@ def _result(run: RunDirectory) -> str:
 
 
 def _tags(trial: Trial) -> dict[str, str]:
-    """By which MLflow's table is filtered and grouped."""
-    group = " ".join(f"{axis}={value}" for axis, value in trial.group.items())
-    return {"mlflow.runName": trial.title, "iwm.group": group} | {
-        f"iwm.axis.{k}": v for k, v in trial.point.items()
+    """By which MLflow's table is filtered, grouped and plotted."""
+    short = short_names(trial.point)
+    named = {short[axis]: value for axis, value in trial.point.items()}
+    group = {name: value for name, value in named.items() if name != SEED}
+    return {"mlflow.runName": trial.short_title, "iwm.group": words(group)} | {
+        f"iwm.axis.{name}": value for name, value in group.items()
     }
 
 

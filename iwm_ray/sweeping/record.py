@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from iwm_ray.run_directory import RunDirectory, write_json
+from iwm_ray.run_directory import RunDirectory, read_lines, write_json
 from iwm_ray.sweeping.space import Point, Sweep, Trial
 
 Status = Literal["finished", "stopped", "failed", "begun", "new"]
@@ -81,6 +81,13 @@ class SweepDirectory:
     def training(self, trial_hash: str) -> str:
         """How a trial's training ended: finished, stopped, failed; empty where it has not."""
         return str(_read(self.run(trial_hash).summary).get("status", ""))
+
+    def seconds(self, trial_hash: str) -> dict[str, float]:
+        """Part -> seconds that a finished trial took for it; nothing of a trial that was finished by several commands:
+        each knows its own part alone."""
+        run = self.run(trial_hash)
+        started_once = sum(1 for _ in read_lines(run.attempts)) == 1
+        return dict(_read(run.path / DONE).get("seconds", {})) if started_once else {}
 
     def note_done(
         self, sweep: Sweep, trial: Trial, seconds: dict[str, float], status: str = "finished"

@@ -24,7 +24,7 @@ from iwm_ray.pictures.spectrum import (
     heat_maps,
     spectrum_map,
 )
-from iwm_ray.run_directory import RunDirectory
+from iwm_ray.run_directory import RunDirectory, write_json
 from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.results import (
     GAIN,
@@ -85,9 +85,10 @@ class Report:
         return reading(self.results, self.groups)
 
     def write(self) -> Path:
-        """Writes SWEEP/report/: report.html, PNGs, trials.csv, trials.parquet; returns the page."""
+        """Writes SWEEP/report/: report.html, PNGs, trials.csv, trials.parquet, failures.json; returns the page."""
         place = SweepDirectory(self.folder).report
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(place / "failures.json", self.failures)
         rows = pa.Table.from_pylist(table(self.results)[1])
         pa.csv.write_csv(rows, place / "trials.csv")
         pa.parquet.write_table(rows, place / "trials.parquet")
@@ -105,7 +106,7 @@ class Report:
         seeds = ", ".join(figure(each) for each in group.seeds(metric))
         return [
             f"wanted {want}: nearest known is {group.title}",
-            f"  {metric} {value}, 95 % over images; by seed {seeds}",
+            f"  {metric} {value}, 95 %; by seed {seeds}",
             f"  {pretrain_command(group.results[0].config)}",
         ]
 
@@ -123,6 +124,11 @@ class Report:
             if each.is_known:
                 found[f"spectrum/rank_correlation/{each.outcome.metric.replace('*/', '')}"] = each.value
         return found
+
+    def markdown(self) -> list[str]:
+        """The table of the configurations, as Markdown."""
+        head, *rows = ([cell.replace("|", "/") for cell in row] for row in self._configuration_table())
+        return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
     # Figures
 
@@ -304,14 +310,16 @@ _RETRIEVAL_CAPTION = (
 )
 _MAP_CAPTION = (
     "Each large mark is a configuration, the mean over its seeds; small ones are the seeds. Whiskers are 95 % intervals "
-    "over test images, not over seeds. The dashed line is the MRR of guessing."
+    "over seeds and test images; of configurations with fewer than three seeds, over test images alone. The dashed line "
+    "is the MRR of guessing."
 )
 _EFFECTS_CAPTION = (
     "Small marks are configurations; the line joins the mean of those with each value, over all other axes."
 )
 _HEAT_CAPTION = "MRR, mean over seeds and over the axes that are not shown."
 _TABLE_CAPTION = (
-    "By rising MRR; means over seeds. One row a trial, with all figures: trials.csv, trials.parquet."
+    "By rising MRR; means over seeds, with intervals as on the map. One row a trial, with every figure: trials.csv, "
+    "trials.parquet."
 )
 _HEALTH_CAPTION = (
     "What the monitors said at the end of training. A trial that has collapsed is not on the map."

@@ -1,14 +1,15 @@
 """What the runs of a sweep found, read from their directories alone: configurations, relations, effects.
 
-The unit is the configuration: its seeds are repetitions. A figure of a configuration is the mean over its seeds; its
-interval is over test images (the mean of the seeds' intervals), and what the seeds differ by is told apart from it.
+The unit is the configuration: its seeds are repetitions. A figure of a configuration is the mean over its seeds. Its
+interval holds over seeds and test images: with three seeds or more it is theirs (Student's t; each has been measured on
+images of its own), but never narrower than that over test images alone (the mean of the seeds' intervals).
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from iwm_ray import randomness
 from iwm_ray.config import Config
 from iwm_ray.errors import UsageError
+from iwm_ray.evaluation.intervals import repetitions_interval
 from iwm_ray.recipes import RECIPES
 from iwm_ray.run_directory import read_config
 from iwm_ray.sweeping.record import SweepDirectory
@@ -27,7 +29,11 @@ MRR = "mrr/mrr"
 FEWEST = (
     5  # configurations of which a rank correlation is told; of four, one order in twelve is perfect by chance
 )
+FEWEST_SEEDS = 3
+"""of which an interval over seeds is told; of two, Student's t is thirteen standard errors wide"""
 _RESAMPLES = 2000
+BEGUN, NOT_FINISHED = "begun", "not finished"
+"""status and health line of a run without a summary"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Result:
         """A metric; NaN where it was not measured."""
         if "*" not in metric:
             return float(self.metrics.get(metric, math.nan))
-        pattern = re.compile(re.escape(metric).replace(r"\*", "[^/]+"))
+        pattern = _pattern(metric)
         found = [value for name, value in self.metrics.items() if pattern.fullmatch(name)]
         return float(np.mean(found)) if found else math.nan
 
@@ -101,8 +107,13 @@ class Configuration:
         return float(np.mean(found)) if found else math.nan
 
     def interval(self, metric: str) -> tuple[float, float]:
-        """95 % over test images: the mean of the seeds' intervals."""
-        return self.mean(f"{metric}_low"), self.mean(f"{metric}_high")
+        """95 % over seeds and test images; of fewer than FEWEST_SEEDS over test images alone."""
+        low, high = self.mean(f"{metric}_low"), self.mean(f"{metric}_high")
+        found = self.seeds(metric)
+        if len(found) < FEWEST_SEEDS:
+            return low, high
+        below, above = repetitions_interval(found)
+        return float(np.fmin(low, below)), float(np.fmax(high, above))
 
 
 @dataclass(frozen=True)
@@ -158,14 +169,33 @@ def read_results(folder: Path) -> list[Result]:
         raise UsageError(
             f"--report {folder}: no trials there; give the folder of a sweep, or one of run directories"
         )
-    configs = {path: read_config(path) for path in paths}
-    known = directory.points()
+    return in_grid_order([_result(path, read_config(path)) for path in paths], directory.points())
+
+
+def in_grid_order(results: Sequence[Result], known: Mapping[str, Point]) -> list[Result]:
+    """The results with their points, as the sweep's record has them; without a complete record, with points by the
+    settings in which they differ.
+
+    Args:
+        results: with any points, in folders that are named by the trials' hashes.
+        known: hash -> point, in the order of the grid.
+    """
     place = {name: number for number, name in enumerate(known)}
-    paths = sorted(paths, key=lambda path: (place.get(path.name, len(place)), path.name))
-    points = {path: known.get(path.name) for path in paths}
-    if any(point is None for point in points.values()):
-        points = dict(zip(paths, _points([configs[path] for path in paths]), strict=True))
-    return [_result(path, configs[path], points[path] or {}) for path in paths]
+    ordered = sorted(results, key=lambda each: (place.get(each.path.name, len(place)), each.path.name))
+    if all(result.path.name in known for result in ordered):
+        points = [known[result.path.name] for result in ordered]
+    else:
+        points = _points([result.config for result in ordered])
+    return [replace(result, point=point) for result, point in zip(ordered, points, strict=True)]
+
+
+def compared(results: Sequence[Result]) -> list[str]:
+    """The metrics by which trials are compared, MRR first: all that any of them has; before there are any, the probes."""
+    if not results:
+        return [MRR, LINEAR.metric, ATTENTIVE.metric]
+    known = dict.fromkeys(name for result in results for name in sorted(result.metrics))
+    wanted = [_pattern(outcome.metric) for outcome in OUTCOMES if outcome is not KNN]
+    return [MRR, *(name for pattern in wanted for name in known if pattern.fullmatch(name))]
 
 
 def configurations(results: Sequence[Result]) -> list[Configuration]:
@@ -313,7 +343,11 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[dict[str, Any]]]:
     return axes, rows
 
 
-def _result(path: Path, config: Config, point: Point) -> Result:
+def _pattern(metric: str) -> re.Pattern[str]:
+    return re.compile(re.escape(metric).replace(r"\*", "[^/]+"))
+
+
+def _result(path: Path, config: Config) -> Result:
     summary: dict[str, Any] = {}
     if (path / "summary.json").exists():
         summary = json.loads((path / "summary.json").read_text())
@@ -321,10 +355,10 @@ def _result(path: Path, config: Config, point: Point) -> Result:
     return Result(
         path,
         config,
-        point,
-        summary.get("status", "begun"),
+        {},
+        summary.get("status", BEGUN),
         summary.get("health", ""),
-        summary.get("health_line", "not finished"),
+        summary.get("health_line", NOT_FINISHED),
         metrics,
     )
 

@@ -5,7 +5,7 @@ that has grown only adds trials.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, Self
@@ -27,7 +27,12 @@ SIZES: dict[Size, str] = {
 
 SEED = "seed"
 QUICK = MeasureConfig(
-    tasks=("mrr", "rank", "linear", "attentive"), images=256, targets=8, components=False, inverse=False
+    tasks=("mrr", "rank", "linear", "attentive"),
+    untrained=False,
+    images=256,
+    targets=8,
+    components=False,
+    inverse=False,
 )
 """what a trial is measured by unless its sweep says otherwise"""
 
@@ -76,6 +81,12 @@ class Trial:
         """`predictor.depth=4 seed=1`"""
         return words(self.point)
 
+    @property
+    def short_title(self) -> str:
+        """`none, depth 4, seed 1`: fits a column of a table."""
+        named = zip(short_names(self.point).values(), self.point.values(), strict=True)
+        return ", ".join(value if value.isalpha() else f"{name} {value}" for name, value in named)
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -90,15 +101,18 @@ class Sweep:
     """predictor finetuning with its control, on the trial's own data where `data.path` is empty; None: no finetuning"""
 
     def trials(self) -> list[Trial]:
-        """Every point of the grid, the seed varying fastest where it is the last axis.
+        """Every point of the grid, seed by seed: a sweep that is interrupted has the whole map once, not a part of it
+        three times.
 
         Raises:
             UsageError: one line that names the first setting, value or pair of trials that is wrong.
         """
         self._check_axes()
         found: dict[str, Trial] = {}
-        for names in product(*(axis.values for axis in self.axes)):
-            trial = self.trial({axis.name: name for axis, name in zip(self.axes, names, strict=True)})
+        seeds_slowest = sorted(self.axes, key=lambda axis: axis.name != SEED)
+        for names in product(*(axis.values for axis in seeds_slowest)):
+            point = {axis.name: name for axis, name in zip(seeds_slowest, names, strict=True)}
+            trial = self.trial({axis.name: point[axis.name] for axis in self.axes})
             if trial.hash in found:
                 raise UsageError(
                     f"axes: {trial.title} and {found[trial.hash].title} are the same configuration; drop one"
@@ -171,6 +185,13 @@ def choose(trials: Sequence[Trial], count: int, seed: int) -> list[Trial]:
 def words(point: Mapping[str, str]) -> str:
     """`predictor.depth=4 seed=1`"""
     return " ".join(f"{axis}={value}" for axis, value in point.items()) or "the only configuration"
+
+
+def short_names(axes: Iterable[str]) -> dict[str, str]:
+    """Axis -> the last part of its name, where that is no other's: `predictor.depth` is `depth`."""
+    axes = list(axes)
+    last = [axis.rpartition(".")[2] for axis in axes]
+    return {axis: name if last.count(name) == 1 else axis for axis, name in zip(axes, last, strict=True)}
 
 
 def base(size: Size) -> Config:

@@ -98,7 +98,7 @@ def test_heads_side_by_side_are_the_heads_alone():
     together = probes._learn(
         probes._linear_heads, 4, labelled, QUICK, QUICK.settings, 0, torch.device("cpu"), lambda: None
     )
-    num_steps = probes._num_steps(QUICK, 150)
+    num_steps = QUICK.num_steps(150)
     for number, (learning_rate, weight_decay) in enumerate(QUICK.settings):
         head = LinearHead(8, 4).eval()
         values = torch.from_numpy(data.values)
@@ -122,7 +122,7 @@ def test_heads_side_by_side_are_the_heads_alone():
 
 def test_every_image_is_seen_once_an_epoch():
     labelled = probes._labelled(clouds(0, 70), "data.path")
-    num_steps = probes._num_steps(QUICK, 70)
+    num_steps = QUICK.num_steps(70)
     assert num_steps % 3 == 0
     assert num_steps >= QUICK.min_steps
     batches = list(probes._orders(labelled, QUICK, num_steps, 5))

@@ -370,7 +370,7 @@ def test_everything_arrives_in_sqlite(database: Path, run: Path) -> None:
         file.write('{"step": 21, "time": 17')
     (run / "sheet.png").write_bytes(b"picture")
     config = make_config(f"sqlite:///{database}")
-    with Tracker(run, config, "name", {"mlflow.parentRunId": "f" * 32}, say=quiet) as tracker:
+    with Tracker(run, config, "name", {"iwm.group": "a b"}, say=quiet) as tracker:
         tracker.log_picture(run / "sheet.png")
         tracker.log_dataset("photos", "d" * 40, "s3://key:canary@bucket/x", num_samples=12)
         assert tracker.finish(deadline_seconds=60)
@@ -386,7 +386,7 @@ def test_everything_arrives_in_sqlite(database: Path, run: Path) -> None:
     assert params["optimizer.global_batch_size"] == "2048"
     tags = dict(rows(database, "select key, value from tags"))
     assert tags["iwm.config_hash"] == config.hash()
-    assert tags["mlflow.parentRunId"] == "f" * 32
+    assert tags["iwm.group"] == "a b"
     assert (tags["iwm.recipe"], tags["iwm.seed"]) == ("photos_tiny", "0")
     name, digest, source = rows(database, "select name, digest, dataset_source from datasets")[0]
     assert (name, digest, source) == ("photos", "d" * 36, '{"uri": "s3://bucket/x"}')
@@ -602,3 +602,29 @@ def test_no_tracking_leaves_no_trace(run: Path) -> None:
 def test_both_trackers_have_the_same_calls() -> None:
     own = {name for name in vars(Tracker) if not name.startswith("_")}
     assert own <= set(vars(NullTracker))
+
+
+def test_a_trial_gets_few_metrics_and_its_axes_as_params(database: Path, run: Path) -> None:
+    """Also what a later command, which knows nothing of the sweep, adds to it."""
+    config = make_config(f"sqlite:///{database}")
+    tags = {"mlflow.parentRunId": "f" * 32, "iwm.axis.depth": "4", "iwm.group": "depth=4"}
+    rows_of = [
+        {"mrr/mrr": 0.3, "mrr/mrr_low": 0.2, "mrr/pooled_h1": 0.1, "train/momentum": 0.9},
+        {"mrr/mean_rank": 9.0},
+    ]
+    for step, figures in enumerate(rows_of):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "time": 1.7e9} | figures) + "\n")
+        with Tracker(run, config, "name", tags if step == 0 else None, say=quiet) as tracker:
+            tracker.log_tags({"iwm.health": "ok"})
+            tracker.log_experiment_tag("some.view", "{}")
+    assert {name for (name,) in rows(database, "select key from latest_metrics")} == {
+        "mrr/mrr",
+        "mrr/mrr_low",
+    }
+    found = dict(rows(database, "select key, value from tags"))
+    assert (found["iwm.health"], found["iwm.group"]) == ("ok", "depth=4")
+    assert found["mlflow.parentRunId"] == "f" * 32
+    assert "iwm.axis.depth" not in found
+    assert rows(database, "select value from params where key = 'axis.depth'") == [("4",)]
+    assert rows(database, "select key, value from experiment_tags") == [("some.view", "{}")]

@@ -150,7 +150,7 @@ def _assert_children(uri: str, count: int) -> None:
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == count and len(runs) == count + 1
     assert {child.data.tags["iwm.seed"] for child in children} == {"0", "1"}
-    assert {child.data.tags["iwm.group"] for child in children} == {"predictor.conditioning=none"}
+    assert {child.data.tags["iwm.group"] for child in children} == {"conditioning=none"}
     assert parent.data.metrics["sweep/finished"] == count
     assert "report/report.html" in [file.path for file in client.list_artifacts(parent.info.run_id, "report")]
 

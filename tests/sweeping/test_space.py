@@ -8,7 +8,7 @@ import pytest
 from iwm_ray.cli import parse_pretrain
 from iwm_ray.errors import UsageError
 from iwm_ray.sweeping.results import pretrain_command
-from iwm_ray.sweeping.space import SIZES, Axis, Sweep, base, choose
+from iwm_ray.sweeping.space import SIZES, Axis, Sweep, base, choose, short_names
 
 DOCUMENTS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.py"))
 
@@ -17,15 +17,27 @@ def sweep(*axes: Axis) -> Sweep:
     return Sweep("test", "Does it work?", base("laptop"), axes)
 
 
-def test_a_grid_has_every_point_once():
+def test_a_grid_has_every_point_once_seed_by_seed():
     trials = sweep(Axis.of("predictor.depth", 2, 4), Axis.of("seed", 0, 1, 2)).trials()
     assert [(trial.config.predictor.depth, trial.config.seed) for trial in trials] == [
-        (depth, seed) for depth in (2, 4) for seed in (0, 1, 2)
+        (depth, seed) for seed in (0, 1, 2) for depth in (2, 4)
     ]
     assert len({trial.hash for trial in trials}) == 6
     assert all(trial.hash == trial.config.hash() for trial in trials)
-    assert trials[1].title == "predictor.depth=2 seed=1"
-    assert trials[1].group == {"predictor.depth": "2"}
+    assert trials[2].title == "predictor.depth=2 seed=1"
+    assert trials[2].group == {"predictor.depth": "2"}
+
+
+def test_short_names_stay_apart():
+    axes = ["predictor.depth", "encoder.depth", "predictor.conditioning", "strength"]
+    assert short_names(axes) == {
+        "predictor.depth": "predictor.depth",
+        "encoder.depth": "encoder.depth",
+        "predictor.conditioning": "conditioning",
+        "strength": "strength",
+    }
+    trial = sweep(Axis.of("predictor.conditioning", "none"), Axis.of("predictor.depth", 4)).trials()[0]
+    assert trial.short_title == "none, depth 4"
 
 
 def test_a_grown_grid_keeps_its_trials():
