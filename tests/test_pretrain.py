@@ -201,8 +201,8 @@ def test_signals_and_kills_at_any_time_change_nothing(clean_run, tiny_command, t
 
 def test_a_second_signal_ends_the_run_without_saving(clean_run, monkeypatch, capfd):
     clock = [100.0]
-    monkeypatch.setattr("iwm_ray.pretrain.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("iwm_ray.pretrain.os._exit", sys.exit)
+    monkeypatch.setattr("iwm_ray.driver.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("iwm_ray.driver.os._exit", sys.exit)
     run = RunDirectory(clean_run)
     stop = Stop(run)
     with stop.listening():

@@ -184,6 +184,12 @@ def test_a_segmentation_on_two_workers(ray_cluster, clean_run, shapes, tmp_path)
     assert run(segment_main, *command, "--runtime.threads-per-worker", 1, *workers) == 0
     (one,), (two,) = (list(each.glob("adapters/*/segmenter.safetensors")) for each in (here, there))
     ours, theirs = load_file(two), load_file(one)
-    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-4
+    # AdamW makes whole steps of rounding where the true gradient is 0: before the heads' batch normalisation.
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 6e-3
+    facts = [
+        [json.loads(path.read_text()) for path in sorted(each.glob("arms/*.json"))] for each in (here, there)
+    ]
+    for one, two in zip(*facts, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
     metrics = [json.loads((each / "summary.json").read_text())["metrics"] for each in (here, there)]
     assert metrics[0] == pytest.approx(metrics[1], abs=0.02)
