@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +48,10 @@ IMAGES = {"peer": 1024, "peer-float": 1024, "decode": 2048}
 """how many images a round takes; 4096 where nothing is said: blocks finish in steps of 128"""
 WARM_IMAGES = 2048
 BATCH = 128
+CLOSE_SECONDS = 20
+
+
+Progress = Generator[int, None, None]
 
 
 @dataclass(frozen=True)
@@ -87,25 +91,32 @@ def main() -> None:
         data = options.data if options.data.is_dir() else synthetic_photos(Path(folder) / "photos")
         report = Report(data, options.json)
         report.pixels(*pixel_differences(data, Path(folder)))
-        report.rates(measure(options.engines, data, Path(folder), options.rounds))
+        children = {engine: Child(engine, data, Path(folder)) for engine in options.engines}
+        try:
+            report.rates(measure(children, options.rounds))
+        finally:
+            close(children.values())
 
 
 # ---- rounds ----
 
 
-def measure(engines: Sequence[str], data: Path, folder: Path, num_rounds: int) -> dict[str, list[Round]]:
+def measure(children: "dict[str, Child]", num_rounds: int) -> dict[str, list[Round]]:
     """The rounds of each engine, interleaved."""
-    children = {engine: Child(engine, data, folder) for engine in engines}
-    rounds: dict[str, list[Round]] = {engine: [] for engine in engines}
-    try:
-        for number in range(num_rounds):
-            for engine in engines if number % 2 else reversed(engines):
-                rounds[engine].append(children[engine].round(IMAGES.get(engine, 4096)))
-                note(f"round {number + 1}/{num_rounds} {engine}: {rounds[engine][-1].cpu_ms:.2f} CPU ms")
-    finally:
-        for child in children.values():
-            child.close()
+    rounds: dict[str, list[Round]] = {engine: [] for engine in children}
+    for number in range(num_rounds):
+        for engine in children if number % 2 else reversed(children):
+            rounds[engine].append(children[engine].round(IMAGES.get(engine, 4096)))
+            note(f"round {number + 1}/{num_rounds} {engine}: {rounds[engine][-1].cpu_ms:.2f} CPU ms")
     return rounds
+
+
+def close(children: "Iterable[Child]") -> None:
+    """Ends the engines and all that they started, together."""
+    for child in children:
+        child.end()
+    for child in children:
+        child.wait(CLOSE_SECONDS)
 
 
 class Child:
@@ -113,13 +124,15 @@ class Child:
 
     def __init__(self, engine: str, data: Path, folder: Path) -> None:
         command = [sys.executable, __file__, "--engine", engine, "--data", str(data), "--folder", str(folder)]
-        one_thread = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        # Ray's workers would run at nice 15: on a busy machine all that polls would wait for them, and be counted.
+        settings["RAY_worker_niceness"] = "0"
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **one_thread},
+            env={**os.environ, **settings},
         )
         self._tree = psutil.Process(self._process.pid)
 
@@ -133,12 +146,15 @@ class Child:
                 return Round(**json.loads(line))
         raise RuntimeError(f"the engine ended with code {self._process.wait()}")
 
-    def close(self) -> None:
-        """Ends the engine and all that it started."""
+    def end(self) -> None:
+        """Tells the engine to end."""
         assert self._process.stdin
         self._process.stdin.close()
+
+    def wait(self, seconds: float) -> None:
+        """Waits for its end, but not for ever."""
         try:
-            self._process.wait(timeout=60)
+            self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             for process in [*self._tree.children(recursive=True), self._tree]:
                 process.kill()
@@ -158,6 +174,7 @@ def serve(engine: str, data: Path, folder: Path) -> None:
     progress = open_engine(engine, data, folder / engine)
     for line in sys.stdin:
         print(json.dumps(vars(one_round(progress, int(line)))), flush=True)
+    progress.close()
 
 
 def one_round(progress: Iterator[int], images: int) -> Round:
@@ -191,7 +208,7 @@ def tree_cpu(root: psutil.Process) -> float:
 # ---- engines: each yields how many images were made, once for every batch taken ----
 
 
-def open_engine(engine: str, data: Path, folder: Path) -> Iterator[int]:
+def open_engine(engine: str, data: Path, folder: Path) -> Progress:
     if engine == "decode":
         return decode_only(data)
     if engine.startswith("peer"):
@@ -216,7 +233,7 @@ def open_feed(data: Path, folder: Path, where: str) -> Feed:
     return build(config, RunDirectory(folder / "run")).feed
 
 
-def ray_data(feed: Feed, config: Config) -> Iterator[int]:
+def ray_data(feed: Feed, config: Config) -> Progress:
     import ray
     from ray.data.collate_fn import NumpyBatchCollateFn
 
@@ -230,25 +247,27 @@ def ray_data(feed: Feed, config: Config) -> Iterator[int]:
     assert feed.log is not None
     os.environ.pop("RAY_ADDRESS", None)
     cluster.connect(config)
-    layout = pipeline.Layout.of(config, feed, 0, 10**6)
+    layout = pipeline.Layout.of(feed, BATCH, 1, 0, 10**6)
     stream = pipeline.stream(feed, layout)
-    stream.context.execution_options = pipeline.execution_options(config)
-    for _ in range(layout.num_segments):
-        for _ in stream.iter_torch_batches(
-            batch_size=BATCH, prefetch_batches=4, collate_fn=ToTensors(), device="cpu"
-        ):
-            yield layout.block_rows * sum(1 for _ in feed.log.folder.glob("*/*.parquet"))
-    ray.shutdown()
+    stream.context.execution_options = pipeline.execution_options(config.runtime)
+    try:
+        for _ in range(layout.num_segments):
+            for _ in stream.iter_torch_batches(
+                batch_size=BATCH, prefetch_batches=4, collate_fn=ToTensors(), device="cpu"
+            ):
+                yield layout.block_rows * sum(1 for _ in feed.log.folder.glob("*/*.parquet"))
+    finally:
+        ray.shutdown()
 
 
-def local(feed: Feed) -> Iterator[int]:
+def local(feed: Feed) -> Progress:
     from iwm_ray.loader import local_columns
 
-    for number, _ in enumerate(local_columns(feed, 0, 10**6, 2, pin=False), start=1):
+    for number, _ in enumerate(local_columns(feed, BATCH, 0, 10**6, 2, pin=False), start=1):
         yield number * BATCH
 
 
-def decode_only(data: Path) -> Iterator[int]:
+def decode_only(data: Path) -> Progress:
     from iwm_ray.data.decode import DecodeLimits, decode
 
     encoded = [path.read_bytes() for path in jpeg_files(data)]
@@ -260,7 +279,7 @@ def decode_only(data: Path) -> Iterator[int]:
         yield made
 
 
-def peer(data: Path, as_float: bool) -> Iterator[int]:
+def peer(data: Path, as_float: bool) -> Progress:
     from torch.utils.data import DataLoader
 
     images = PeerImages(jpeg_files(data), as_float)

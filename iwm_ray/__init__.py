@@ -11,7 +11,8 @@ __version__ = "0.1.0"
 
 
 def load(path: Path | str, task: str = "", run: Path | str | None = None) -> "Classifier | Segmenter":
-    """A ready classifier or segmenter: `.predict(images)`, `.image_size` and `.class_names`.
+    """A ready classifier or segmenter: `.fit(image)`, `.predict(images)`, `.image_size` and
+    `.class_names`.
 
     Args:
         path: the folder of an adapter, RUN/finetune/NAME/adapters/ARM.

@@ -3,7 +3,17 @@
 import importlib
 import sys
 
-COMMANDS = ("pretrain", "evaluate", "visualize", "finetune", "segment", "export", "predict", "replay")
+COMMANDS = (
+    "pretrain",
+    "evaluate",
+    "visualize",
+    "finetune",
+    "segment",
+    "export",
+    "predict",
+    "replay",
+    "doctor",
+)
 
 
 def main() -> None:

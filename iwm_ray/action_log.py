@@ -68,7 +68,7 @@ def write_losses(folder: Path, step: int, rank: int, losses: dict[str, NDArray[A
     partial.replace(folder / _LOSSES / name)
 
 
-def read(folder: Path, epoch: int | None = None) -> pa.Table:
+def read(folder: Path, epoch: int | None = None, row_id: str | None = None) -> pa.Table:
     """The logged rows in the order of the stream, each counter once.
 
     `loss` is the training loss of the sample where it is known: in the steps that were reported.
@@ -76,6 +76,7 @@ def read(folder: Path, epoch: int | None = None) -> pa.Table:
     Args:
         folder: a run's `actions` folder.
         epoch: this epoch alone; None: all.
+        row_id: this sample alone; None: all.
     """
     files = sorted(
         folder.glob("epoch=*/rows-*.parquet" if epoch is None else f"epoch={epoch:05d}/rows-*.parquet")
@@ -84,7 +85,8 @@ def read(folder: Path, epoch: int | None = None) -> pa.Table:
         return pa.table({"counter": pa.array([], pa.int64())})
     partitioning = pa.dataset.partitioning(pa.schema([("epoch", pa.int32())]), flavor="hive")
     dataset = pa.dataset.dataset(files, partitioning=partitioning, partition_base_dir=str(folder))
-    table = dataset.to_table().sort_by("counter")
+    wanted = None if row_id is None else pa.dataset.field("row_id") == row_id
+    table = dataset.to_table(filter=wanted).sort_by("counter")
     counters = table["counter"].to_numpy()
     # Blocks of another length, after a change of the worker count, can overlap.
     table = table.filter(pa.array(np.diff(counters, prepend=-1) != 0))

@@ -1,5 +1,6 @@
 """From a configuration to the objects of a run: the one place where parts are put together."""
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from iwm_ray.action_log import ActionLog
-from iwm_ray.config import Config
+from iwm_ray.config import Config, RuntimeConfig
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan
+from iwm_ray.data.quarantine import Quarantine
 from iwm_ray.data.read import Reader
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.feed import Feed, Image
@@ -43,6 +45,20 @@ class Setup:
     @property
     def policy(self) -> ViewPolicy:
         return self.feed.policy
+
+    @property
+    def runtime(self) -> RuntimeConfig:
+        return self.config.runtime
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a step, over all workers."""
+        return self.config.optimizer.global_batch_size
+
+    @property
+    def data_processes(self) -> int:
+        """Without Ray: processes that make the views."""
+        return self.runtime.data_workers or max(1, (os.cpu_count() or 1) // 2)
 
 
 def cache_folder(config: Config) -> Path:
@@ -82,7 +98,7 @@ def build(config: Config, run: RunDirectory, progress: Callable[[int], None] | N
         limits=DecodeLimits.from_config(config.data),
         where=config.views.where,
         log=ActionLog(run.actions, run.path.name, config.tracking.action_log_fraction),
-        quarantine=run.quarantine,
+        quarantine=Quarantine(run.quarantine),
     )
     with torch.device("meta"):  # a wrong name or size is found here, not in a worker
         width = build_model(config, policy.action_dim).encoder.width

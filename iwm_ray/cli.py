@@ -6,6 +6,7 @@ argparse knows the names, pydantic the values; so the options, their help and th
 import argparse
 import difflib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from iwm_ray.errors import RunError, UsageError
 from iwm_ray.recipes import RECIPES
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
+_PRETRAIN = "Pretrain an Image World Model. The same command on an existing run directory resumes the run."
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,17 @@ def suggest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def parse_pretrain(arguments: Sequence[str]) -> tuple[Command, bool]:
-    """Reads the command line of `iwm_ray.pretrain`; returns the command and whether tracebacks are wanted."""
-    parser = _pretrain_parser()
+def parse_pretrain(
+    arguments: Sequence[str], command: str = "pretrain", description: str = _PRETRAIN
+) -> tuple[Command, bool]:
+    """Reads the command line of `iwm_ray.pretrain`; returns the command and whether tracebacks are wanted.
+
+    Args:
+        arguments: the words behind the command.
+        command: name of the command's module, for --help.
+        description: what it does, for --help.
+    """
+    parser = _pretrain_parser(command, description)
     options = parser.parse(arguments)
     if options.recipe and options.config:
         raise UsageError(
@@ -103,6 +113,11 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str])
     """Runs a command; turns foreseeable failures and Ctrl-C into one line on stderr and the exit code."""
     try:
         main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output (head, a pager) has seen enough
+        # Python writes what is left once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UsageError, RunError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -119,10 +134,10 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
-def _pretrain_parser() -> Parser:
+def _pretrain_parser(command: str, description: str) -> Parser:
     parser = Parser(
-        prog="python -m iwm_ray.pretrain",
-        description="Pretrain an Image World Model. The same command on an existing run directory resumes the run.",
+        prog=f"python -m iwm_ray.{command}",
+        description=description,
         epilog="recipes: " + ", ".join(RECIPES),
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

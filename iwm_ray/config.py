@@ -8,6 +8,7 @@ floating-point rounding stands in `runtime` and `tracking`, which are left out o
 import hashlib
 import json
 import re
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -71,6 +72,15 @@ class DataConfig(_Part):
         return self
 
     @model_validator(mode="after")
+    def _test_images_lie_apart(self) -> Self:
+        if self.path and PurePath(self.path) in PurePath(self.test_path).parents:
+            raise ValueError(
+                f"test_path {self.test_path}: lies in path {self.path}, so that its images would be learned from; give "
+                "the folder of the training images alone as path"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _background_is_a_colour(self) -> Self:
         if any(not 0 <= channel <= 255 for channel in self.background):
             raise ValueError(f"background {self.background}: needs three numbers from 0 to 255")
@@ -124,8 +134,10 @@ class ViewsConfig(_Part):
 
 
 class MasksConfig(_Part):
-    """Which patches are predicted: the union of several rectangles (IWM, section 3)."""
+    """Which patches are predicted: the union of several rectangles (IWM, section 3), or any (MAE)."""
 
+    style: Literal["blocks", "random"] = "blocks"
+    """blocks: the union of rectangles; random: every set of patches is equally likely, and no block_* setting counts"""
     num_blocks: PositiveInt = 4
     """rectangles whose union is predicted"""
     block_scale: Range = (0.15, 0.2)
@@ -133,7 +145,7 @@ class MasksConfig(_Part):
     block_aspect: Range = (0.75, 1.5)
     """aspect (height / width) of one rectangle"""
     num_target_tokens: NonNegativeInt = 0
-    """patches predicted in every image; 0: the mean size of the union, rounded"""
+    """patches predicted in every image; 0: the mean size of the union, rounded, or with `random` three quarters of all"""
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Self:
@@ -168,8 +180,11 @@ class PredictorConfig(_Part):
     """attention heads; 0: one for 64 channels, at least 4 where the width allows it"""
     conditioning: Conditioning = "feature"
     """how the action enters"""
+    target: Literal["encoder", "pixels"] = "encoder"
+    """what is predicted: tokens of the target encoder (IWM), or the pixels of the patches (MAE: the predictor is its
+    decoder)"""
     normalize_targets: bool = True
-    """layer-normalise the target tokens, without affine"""
+    """layer-normalise what is predicted, without affine: each token, or the pixels of each patch"""
     loss: Literal["squared_l2", "smooth_l1"] = "squared_l2"
     """squared_l2 (IWM) or smooth_l1 (I-JEPA's code)"""
 
@@ -335,6 +350,24 @@ class Config(_Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pixels_take_no_action(self) -> Self:
+        if self.predictor.target == "encoder":
+            return self
+        if self.predictor.conditioning != "none":
+            raise ValueError(
+                f"predictor.conditioning {self.predictor.conditioning} with predictor.target pixels: MAE has no action; "
+                "use none"
+            )
+        for name in ("jitter", "grayscale", "blur", "solarize"):
+            value = getattr(self.views, f"{name}_probability")
+            if value:
+                raise ValueError(
+                    f"views.{name}_probability {value:g} with predictor.target pixels: MAE completes the view that it "
+                    "sees; use 0"
+                )
+        return self
+
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
@@ -363,11 +396,23 @@ class Config(_Part):
     def hash(self) -> str:
         """Twelve hexadecimal digits that name what is computed (not where: runtime and tracking are left out)."""
         tree = self.model_dump(mode="json", exclude={"runtime", "tracking"})
+        for (section, name), default in _YOUNGER.items():
+            if tree[section][name] == default:
+                del tree[section][name]
         return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=6).hexdigest()
 
     def flat(self) -> dict[str, Any]:
         """Dotted name -> value, as MLflow params and error messages use them."""
-        return dict(_flatten("", self.model_dump(mode="json")))
+        return flat(self.model_dump(mode="json"))
+
+
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Dotted name -> value of a tree of values."""
+    return dict(_flatten("", tree))
+
+
+# Settings that are younger than the first recorded runs: with these values, what those runs did, they leave the hash alone.
+_YOUNGER = {("masks", "style"): "blocks", ("predictor", "target"): "encoder"}
 
 
 def _flatten(prefix: str, tree: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -7,13 +7,11 @@ imported here: it would cost every data task seconds and hundreds of megabytes.
 """
 
 import contextlib
-import fcntl
-import json
+import ctypes
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -24,14 +22,39 @@ from iwm_ray.action_log import ActionLog
 from iwm_ray.data.decode import DecodeLimits, EncodedImage, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan
+from iwm_ray.data.quarantine import Quarantine
 from iwm_ray.data.read import Reader
 from iwm_ray.views.draws import Draws
 from iwm_ray.views.masks import Masks, MaskSampler
 from iwm_ray.views.policy import ViewPolicy
 
 _log = logging.getLogger(__name__)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of malloc.h
+_LARGEST_THRESHOLD = 32 * 2**20  # the most that glibc allows
+_KEPT_BYTES = 512 * 2**20
+MAX_KEPT_ARRAY = _LARGEST_THRESHOLD - 2**16
+"""bytes; the memory of a larger array comes from the system each time"""
+
 Image = NDArray[np.uint8]
 Columns = dict[str, NDArray[Any]]
+
+
+class Rows(Protocol):
+    """A stream of rows, each a pure function of its counter; a small value that travels to every data task."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, nearly."""
+        ...
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of a row in its largest column."""
+        ...
+
+    def rows(self, counters: NDArray[np.int64]) -> Columns:
+        """`[b]` places in the stream, all of one step -> columns of b rows; `counter [b]` is one of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,12 +70,17 @@ class Feed:
     where: str
     """host: rows hold `source` and `target`; device: rows hold `crop` and `draws`"""
     log: ActionLog | None = None
-    quarantine: Path | None = None
+    quarantine: Quarantine | None = None
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row's view columns, nearly all that a row holds."""
-        return len(self._view_names) * self.policy.crop_box.size**2 * 3
+        return len(self._view_names) * self.view_bytes
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of one view or crop."""
+        return self.policy.crop_box.size**2 * 3
 
     def rows(self, counters: NDArray[np.int64]) -> Columns:
         """The rows of one block, logged.
@@ -64,19 +92,27 @@ class Feed:
             `counter [b]` and the columns of `make`.
         """
         epochs, _ = self.plan.locate(counters)
-        return self.make(counters, epochs, self.plan.samples(counters))
+        samples = self.plan.samples(counters)
+        if self.quarantine is None:
+            return self.make(counters, epochs, samples)
+        with self.quarantine.making(int(counters[0])) as died_before:
+            return self.make(counters, epochs, samples, careful=died_before)
 
     def make(
-        self, counters: NDArray[np.int64], epochs: NDArray[np.int64], samples: NDArray[np.int64]
+        self,
+        counters: NDArray[np.int64],
+        epochs: NDArray[np.int64],
+        samples: NDArray[np.int64],
+        careful: bool = False,
     ) -> Columns:
-        """The rows of any samples, as they are seen in these epochs.
+        """The rows of any samples, as they are seen in these epochs; with care, if one of them may end this process.
 
         Returns:
             `counter [b]`, `action [b a]` float32, `context_idx [b c]`, `target_idx [b t]` int16, `weight [b]`
             float32 (0: quarantined, the views are black), and `source`, `target [b s s 3]` uint8, or
             `crop [b s s 3]` uint8 and `draws [b p]` float32.
         """
-        images = self._open(samples)
+        images = self._open(samples, careful)
         heights, widths = _sizes(images)
         draws = self.policy.draw(self.seed, epochs, samples, heights, widths)
         masks = self.masks.draw(self.seed, epochs, samples)
@@ -97,7 +133,8 @@ class Feed:
             except OSError as error:  # a full disk: training is worth more than its log
                 _log.warning("action log: rows from %d on not written (%s)", counters[0], error.strerror)
         if self.quarantine and any(reasons):
-            self._write_quarantine(self.quarantine, samples, reasons)
+            bad = [i for i, reason in enumerate(reasons) if reason]
+            self.quarantine.add(self.index, samples[bad].tolist(), [reasons[i] for i in bad])
         return columns
 
     def image(self, sample: int) -> Image:
@@ -112,10 +149,13 @@ class Feed:
     def _view_names(self) -> tuple[str, ...]:
         return ("crop",) if self.where == "device" else ("source", "target")
 
-    def _open(self, samples: NDArray[np.int64]) -> list[EncodedImage | Undecodable]:
+    def _open(self, samples: NDArray[np.int64], careful: bool) -> list[EncodedImage | Undecodable]:
         """Images whose sizes are known; in the place of one that can't be read, why."""
+        found = _reader(self.index).read_many(samples)
+        if self.quarantine:
+            found = self.quarantine.sift(self.index, samples.tolist(), found, self.limits, careful)
         images: list[EncodedImage | Undecodable] = []
-        for data in _reader(self.index).read_many(samples):
+        for data in found:
             try:
                 images.append(data if isinstance(data, Undecodable) else EncodedImage.open(data, self.limits))
             except Undecodable as fault:
@@ -177,20 +217,6 @@ class Feed:
             }
         )
 
-    def _write_quarantine(self, file_name: Path, samples: NDArray[np.int64], reasons: list[str]) -> None:
-        """Notes bad samples, each once: they come back in every epoch, and to any task on any node."""
-        with file_name.open("a+") as file:
-            with contextlib.suppress(OSError):  # storage without locks: a line may then stand there twice
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            known = {json.loads(line)["row_id"] for line in file if line.endswith("\n")}
-            for sample, reason in zip(samples.tolist(), reasons, strict=True):
-                row_id = self.index.row_id(sample)
-                if reason and row_id not in known:
-                    known.add(row_id)
-                    record = {"row_id": row_id, "path": self.index.path(sample), "reason": reason}
-                    file.write(json.dumps(record) + "\n")
-
 
 def checksums_of(views: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """XXH3 of each image, the same that the action log holds: ten times cheaper than CRC-32, a tenth of the log's
@@ -210,4 +236,14 @@ def _reader(index: Index) -> Reader:
     """One set of open files for an index, not one for each sample."""
     # One task has one CPU; a thread for each CPU of the node would only wait for the others.
     cv2.setNumThreads(1)
+    _keep_freed_memory()
     return Reader(index)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc give out freed memory again, up to a bound. It would hand that of each image and block back to the
+    system, which clears the next page by page: a twentieth of a row's time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+        libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)

@@ -1,6 +1,5 @@
 """From rows to batches: tensors on the training device, and the loader of runs without Ray."""
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +14,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from iwm_ray.batch import Batch
-from iwm_ray.feed import Columns, Feed
+from iwm_ray.feed import Columns, Rows
 from iwm_ray.views.device import device_views
 from iwm_ray.views.policy import ViewPolicy
 
+_IMAGES = 4  # dimensions of an image column
+
 
 def to_tensors(columns: Columns) -> dict[str, Tensor]:
-    """The same columns as CPU tensors; memory is shared where it may be written."""
-    return {name: torch.from_numpy(_writeable(values)) for name, values in columns.items()}
+    """The same columns as CPU tensors. Images share the memory of their columns, which may be an object in Ray's store:
+    nobody writes to them. The others are copied where they may not be written, since a step's counters are kept for
+    longer than its images, and would keep those in the store."""
+    return {
+        name: torch.from_numpy(_alias(values) if values.ndim == _IMAGES else _writeable(values))
+        for name, values in columns.items()
+    }
 
 
 def to_batch(columns: dict[str, Tensor], policy: ViewPolicy, device: torch.device) -> Batch:
@@ -47,14 +53,17 @@ def to_batch(columns: dict[str, Tensor], policy: ViewPolicy, device: torch.devic
 
 
 def local_columns(
-    feed: Feed, start: int, until: int, num_processes: int, pin: bool
+    feed: Rows, batch_size: int, start: int, until: int, num_processes: int, pin: bool
 ) -> Iterator[dict[str, Tensor]]:
-    """The global batches of steps `start` to `until - 1`, made by processes of this machine, in order."""
+    """The global batches of steps `start` to `until - 1`, in order, made by processes of this machine; 0: by this one."""
+    steps = _Steps(feed, batch_size, until)
+    if not num_processes:
+        return (steps[step] for step in range(start, until))
     loader = DataLoader(
-        _Steps(feed, until),
+        steps,
         sampler=range(start, until),
         batch_size=None,
-        num_workers=num_processes or max(1, (os.cpu_count() or 1) // 2),
+        num_workers=num_processes,
         pin_memory=pin,
         prefetch_factor=4,
         multiprocessing_context="spawn",
@@ -79,15 +88,28 @@ def _children_deaf_to_ctrl_c() -> Iterator[None]:
 class _Steps(Dataset[dict[str, Tensor]]):
     """Global batch k under the index k."""
 
-    feed: Feed
+    feed: Rows
+    batch_size: int
     total: int
 
     def __len__(self) -> int:
         return self.total
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        size = self.feed.plan.global_batch_size
+        size = self.batch_size
         return to_tensors(self.feed.rows(np.arange(step * size, (step + 1) * size)))
+
+
+def _alias(values: NDArray[Any]) -> NDArray[Any]:
+    """The same memory without the flag that it may not be written, at which torch would warn."""
+    return values if values.flags.writeable else np.asarray(_Memory(values))
+
+
+class _Memory:
+    def __init__(self, values: NDArray[Any]) -> None:
+        self._values = values  # kept alive
+        address, _ = values.__array_interface__["data"]
+        self.__array_interface__ = values.__array_interface__ | {"data": (address, False)}
 
 
 def _writeable(values: NDArray[Any]) -> NDArray[Any]:

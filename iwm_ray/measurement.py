@@ -6,6 +6,7 @@ A result is kept under a key of everything that decides it; asking again for wha
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
@@ -114,6 +115,11 @@ class Measurement:
             measured, rows, counts = (
                 self._world_model(task) if task in WORLD_MODEL else self._representation(task)
             )
+        # JSON has no NaN: the error's share where the null action errs nowhere, say.
+        measured = {
+            subject: {name: value for name, value in metrics.items() if math.isfinite(value)}
+            for subject, metrics in measured.items()
+        }
         settings, images = self.settings.model_dump(mode="json"), self._images(task, counts)
         result = TaskResult(task, key, time.monotonic() - begin, settings, images, measured)
         self._write(result, rows)
@@ -140,10 +146,13 @@ class Measurement:
         """Finds what would make a task fail, before hours have gone into the ones ahead of it.
 
         Raises:
-            UsageError: no labels, one class, too few images, no such layer, views that don't differ.
+            UsageError: no labels, one class, too few images, no such layer, views that don't differ, tasks that the
+                model can't do.
         """
         if self.test is not None and content_hash(self.test) == content_hash(self.train):
             raise UsageError("data.test_path: the same images as data.path; give others, or leave it out")
+        if self.trained.config.predictor.target == "pixels":
+            _refuse_world_model(tasks)
         if set(tasks) & set(PROBES):
             self._check_classes()
         if set(tasks) & set(REPRESENTATION) and self.settings.layers != (LAST,):
@@ -172,6 +181,18 @@ class Measurement:
                 )
         if len(np.unique(self.train.labels[self.train.labels >= 0])) < 2:
             raise UsageError("data.path: all images are of one class; probes need two or more")
+        if self.test:
+            learned = [
+                self.train.class_names[number] for number in np.unique(self.train.labels) if number >= 0
+            ]
+            unknown = np.unique(
+                self.test.labels[(self.test.labels >= 0) & (self.test.labels_in(learned) < 0)]
+            )
+            if len(unknown):
+                raise UsageError(
+                    f"data.test_path: class {self.test.class_names[unknown[0]]} is not among the training images; "
+                    "give test images of the training classes"
+                )
 
     @cached_property
     def _samples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -193,7 +214,7 @@ class Measurement:
 
     def _images(self, task: TaskName, counts: list[str]) -> str:
         """In words, for the result."""
-        asked = f"test images of {self.test.uri}" if self.test else ""
+        asked = f"test images of {self.test.root}" if self.test else ""
         if task in WORLD_MODEL:
             return f"{', '.join(counts)} {asked or 'training images'}"
         return f"{', '.join(counts)} images; tested on {asked or 'a random fifth of the training images'}"
@@ -351,6 +372,16 @@ class Measurement:
             write_json(self.folder / f"{result.task}.json", vars(result))
         except OSError as error:
             raise UsageError(f"{self.folder}: {error.strerror}; make it writable") from None
+
+
+def _refuse_world_model(tasks: Sequence[TaskName]) -> None:
+    """Raises UsageError for tasks that read the predictor, of a run whose predictor gives pixels."""
+    wrong = [task for task in tasks if task in (*WORLD_MODEL, "marginal")]
+    if wrong:
+        raise UsageError(
+            f"measure.tasks {' '.join(wrong)}: this run predicts pixels (MAE), not the tokens under an action that these "
+            f"tasks compare; use --tasks {' '.join(REPRESENTATION)}"
+        )
 
 
 def kept_result(trained: Trained, task: TaskName) -> TaskResult | None:

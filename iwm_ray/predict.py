@@ -1,19 +1,27 @@
-"""`python -m iwm_ray.predict ADAPTER --data.path IMAGES --output FILE.parquet`: classes for a whole data set."""
+"""`python -m iwm_ray.predict ADAPTER --data.path IMAGES --output FILE.parquet`: classes for a whole data set.
+
+A segmenter writes masks: as a column of the file, or into a new folder, `--output DIR`.
+"""
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iwm_ray import cli
 from iwm_ray.errors import UsageError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from iwm_ray.data.decode import DecodeLimits
+    from iwm_ray.data.index import Index
     from iwm_ray.prediction import PredictConfig
 
 _SECONDS_BETWEEN_LINES = 5.0
+_NUM_PICTURED, _PICTURE_SIDE = 6, 224
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,27 +30,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(arguments: Sequence[str]) -> None:
+    import iwm_ray
     from iwm_ray.build import cache_folder
     from iwm_ray.data.decode import DecodeLimits
     from iwm_ray.data.index import Index
-    from iwm_ray.finetuning.adapter import load, trained_of
-    from iwm_ray.prediction import PredictConfig, Predictor, write
+    from iwm_ray.prediction import Labels, Masks, PredictConfig, Predictor, write, write_masks
     from iwm_ray.progress import scanning
+    from iwm_ray.segmentation.segmenter import Segmenter
 
     options = _parser(PredictConfig).parse(arguments)
-    adapter, output = options.adapter.expanduser().absolute(), _checked(options.output)
-    classifier = load(adapter, options.task)  # what is wrong with it is said before Ray starts
-    trained = trained_of(adapter)
+    adapter = options.adapter.expanduser().absolute()
+    model = iwm_ray.load(adapter, options.task)  # what is wrong with it is said before Ray starts
+    output = _checked(options.output, isinstance(model, Segmenter))
     tree = PredictConfig().model_dump()
-    tree["runtime"]["cache"] = trained.config.runtime.cache
+    tree["runtime"]["cache"] = model.trained.config.runtime.cache
     cli.override(tree, options)
     config = cli.validate_as(PredictConfig, tree)
     if not config.data.path:
         raise UsageError(
             "--data.path is missing: give a folder of images, Parquet file(s) or WebDataset shards"
         )
-    top = _top(options.top, len(classifier.class_names))
-    asked = trained.config.model_copy(update={"runtime": config.runtime})
+    names = model.class_names
+    is_segmenter = isinstance(model, Segmenter)
+    answers = Masks(names) if is_segmenter else Labels(names, _top(options.top, len(names)))
+    asked = model.trained.config.model_copy(update={"runtime": config.runtime})
     index = Index.open(config.data, config.data.path, cache_folder(asked), scanning(config.data.path))
     if config.runtime.engine == "ray":
         from iwm_ray.runtime import cluster
@@ -50,26 +61,72 @@ def _main(arguments: Sequence[str]) -> None:
         cluster.preflight(asked)
         cluster.connect(asked)
     limits = DecodeLimits.from_config(config.data)
-    predictor = Predictor(adapter, options.task, index, limits, config.runtime, top)
+    tables = Predictor(adapter, options.task, answers, index, limits, config.runtime).rows(_Progress())
     begin = time.monotonic()
-    written = write(predictor.rows(classifier.class_names, _Progress()), output)
+    kept: list[Any] = []
+    if is_segmenter:
+        tables = _keeping(tables, kept)
+    is_file = output.suffix == ".parquet"
+    written = write(tables, answers.schema, output) if is_file else write_masks(tables, output)
     seconds = time.monotonic() - begin
     print(f"predicted    {written.images:,} images, {written.images / seconds:,.0f} images/s")
     if written.unreadable:
-        print(f"unreadable   {written.unreadable:,} of them; column error says why")
+        print(f"unreadable   {written.unreadable:,} of them" + "; column error says why" * is_file)
     print(f"written      {output}")
+    if kept:
+        print(f"picture      {_draw(kept, names, index, limits, output)}")
+
+
+def _keeping(tables: "Iterator[pa.Table]", kept: list[Any]) -> "Iterator[pa.Table]":
+    """Passes tables on and keeps the first rows that have a mask, for the picture."""
+    for table in tables:
+        kept += [row for row in table.to_pylist() if row["mask"] is not None][: _NUM_PICTURED - len(kept)]
+        yield table
+
+
+def _draw(
+    rows: list[Any], names: tuple[str, ...], index: "Index", limits: "DecodeLimits", output: Path
+) -> Path:
+    """The first images beside their masks."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from iwm_ray.data.decode import decode
+    from iwm_ray.data.read import Reader
+    from iwm_ray.pictures.segmentation import segmentation_sheet
+    from iwm_ray.segmentation.data import nearest
+    from iwm_ray.views.resize import resize
+
+    images, masks, reader = [], [], Reader(index)
+    for row in rows:
+        images.append(resize(decode(reader.read(index.find(row["row_id"])), limits), _PICTURE_SIDE))
+        with Image.open(io.BytesIO(row["mask"])) as mask:
+            masks.append(nearest(np.array(mask), _PICTURE_SIDE, _PICTURE_SIDE))
+    path = output.with_name(f"{output.stem}-overview.png")
+    predicted = {"predicted": np.stack(masks).astype(np.int64)}
+    segmentation_sheet(np.stack(images), None, predicted, names, output.stem).savefig(path)
+    return path
 
 
 def _parser(kind: type["PredictConfig"]) -> cli.Parser:
     parser = cli.Parser(
         prog="python -m iwm_ray.predict",
-        description="Classify every image of a data set by an adapter; one row for each image, with row_id, path, class, "
-        "probability, top_classes, top_probabilities, or error where it cannot be decoded.",
+        description="Classify every image of a data set, or, by a segmenter, each of its pixels; one row for each image, "
+        "with row_id, path, class, probability, top_classes, top_probabilities (a segmenter's: mask, classes, shares), or "
+        "error where it cannot be decoded.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="RUN/finetune/NAME/adapters/ARM")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.parquet", help="new file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE.parquet",
+        help="new file; of a segmenter also a new folder",
+    )
     parser.add_argument("--task", default="", help="of an adapter with several")
     parser.add_argument("--top", default="5", metavar="K", help="classes of each image, the likeliest first")
     cli.add_common_options(parser)
@@ -77,10 +134,11 @@ def _parser(kind: type["PredictConfig"]) -> cli.Parser:
     return parser
 
 
-def _checked(output: Path) -> Path:
+def _checked(output: Path, is_segmenter: bool) -> Path:
     output = output.expanduser().absolute()
-    if output.suffix != ".parquet":
-        raise UsageError(f"--output {output}: give the name of a new file that ends in .parquet")
+    if output.suffix != ".parquet" and (output.suffix or not is_segmenter):
+        more = ", or of a new folder" if is_segmenter else ""
+        raise UsageError(f"--output {output}: give the name of a new file that ends in .parquet{more}")
     if output.exists():
         raise UsageError(f"--output {output}: is there already; choose another --output")
     try:

@@ -14,14 +14,30 @@ _SMALL_SCAN = 20_000  # samples; found within a second or two
 
 
 class Progress:
-    """Follows a run's metrics and warnings and shows where the run stands."""
+    """Follows a run's metrics and warnings and shows where the run stands.
+
+    Args:
+        run: its directory.
+        total_steps: of the run.
+        global_batch_size: images of a step.
+        out: where lines go; None: stdout.
+        title: stands before every report.
+        later: images that other runs will see after this one: they count in the time that is left.
+    """
 
     def __init__(
-        self, run: RunDirectory, total_steps: int, global_batch_size: int, out: TextIO | None = None
+        self,
+        run: RunDirectory,
+        total_steps: int,
+        global_batch_size: int,
+        out: TextIO | None = None,
+        title: str = "",
+        later: int = 0,
     ) -> None:
         self._metrics, self._warnings = _Tail(run.metrics), _Tail(run.warnings)
         self._warnings.read()  # an earlier start has shown them
         self._total, self._size, self._out = total_steps, global_batch_size, out or sys.stdout
+        self._title, self._later = title, later
         self._shown_at, self._shown_step = 0.0, -1
         self._trained: Mapping[str, Any] = {}
         self._monitors: Mapping[str, Any] = {}
@@ -48,8 +64,8 @@ class Progress:
         if not self._trained or self._trained["step"] == self._shown_step:
             return
         self._shown_at, self._shown_step = time.monotonic(), self._trained["step"]
-        line = progress_line(self._trained, self._monitors, self._total, self._size)
-        self._print(line, "\r" if self._out.isatty() else "\n")
+        line = progress_line(self._trained, self._monitors, self._total, self._size, self._later)
+        self._print(self._title + line, "\r" if self._out.isatty() else "\n")
 
     def _print(self, line: str, end: str) -> None:
         print(line.ljust(110) if self._out.isatty() else line, end=end, file=self._out, flush=True)
@@ -74,7 +90,7 @@ class _Tail:
 
 
 def progress_line(
-    row: Mapping[str, Any], monitors: Mapping[str, Any], total_steps: int, batch_size: int
+    row: Mapping[str, Any], monitors: Mapping[str, Any], total_steps: int, batch_size: int, later: int = 0
 ) -> str:
     """`step 120/600 · loss 0.412 · 310 images/s · 2 min 40 s left · RankMe 31 · kNN 0.48`."""
     rate = row["train/samples_per_second"]
@@ -82,7 +98,7 @@ def progress_line(
         f"step {row['step']}/{total_steps}",
         f"loss {row['train/loss']:.4f}" if row["train/loss"] is not None else "loss not finite",
         f"{rate:,.0f} images/s",
-        f"{duration((total_steps - row['step']) * batch_size / rate)} left",
+        f"{duration(((total_steps - row['step']) * batch_size + later) / rate)} left",
     ]
     if "monitor/rankme" in monitors:
         parts.append(f"RankMe {monitors['monitor/rankme']:.0f}")

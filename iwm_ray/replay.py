@@ -52,16 +52,17 @@ def find_row(run: RunDirectory, epoch: int, row_id: str) -> dict[str, Any]:
     Raises:
         UsageError: it is not in the log.
     """
+    found = action_log.read(run.actions, epoch, row_id)
+    if found.num_rows:
+        return dict(found.slice(0, 1).to_pylist()[0])
     rows = action_log.read(run.actions, epoch)
     if not rows.num_rows:
         raise UsageError(
             f"--epoch {epoch}: nothing logged for it under {run.actions}; see its epoch=* folders"
         )
     ids = rows["row_id"].to_pylist()
-    if row_id not in ids:
-        hint = cli.suggest(row_id, ids)
-        raise UsageError(f"--row {row_id!r}: not among the {len(ids)} logged rows of epoch {epoch}{hint}")
-    return dict(rows.slice(ids.index(row_id), 1).to_pylist()[0])
+    hint = cli.suggest(row_id, ids)
+    raise UsageError(f"--row {row_id!r}: not among the {len(ids)} logged rows of epoch {epoch}{hint}")
 
 
 def rebuild(setup: Setup, row: dict[str, Any]) -> Columns:
@@ -116,9 +117,8 @@ def _short(value: Any) -> str:
 
 
 def _file_name(row_id: str) -> str:
-    return "".join(character if character.isalnum() or character in "-_." else "_" for character in row_id)[
-        -80:
-    ]
+    plain = "".join(character if character.isalnum() or character in "-_." else "_" for character in row_id)
+    return plain.removesuffix(".png")[-80:]
 
 
 if __name__ == "__main__":

@@ -193,8 +193,8 @@ class RunDirectory:
         """Number of different samples that could not be read so far."""
         return len({record["row_id"] for record in self.quarantined()})
 
-    def quarantined(self) -> list[dict[str, str]]:
-        """The bad samples: row_id, path, reason."""
+    def quarantined(self) -> list[dict[str, Any]]:
+        """The bad samples, as data/quarantine.py notes them."""
         return read_lines(self.quarantine)
 
 

@@ -1,30 +1,21 @@
 """`python -m iwm_ray.segment RUN --data.path IMAGES --data.masks MASKS ...`: tunes a trained model for classes of pixels.
 
 The predictor with its control, the encoder, or both; mIoU with intervals and pictures. The same command again runs what
-is not finished. Runs in this process.
+is not finished, from the step that was saved last.
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iwm_ray import cli
-from iwm_ray.finetune import track
 from iwm_ray.run_directory import RunDirectory, write_json
 from iwm_ray.segmentation.settings import SegmentConfig
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from iwm_ray.finetuning.arms import Arm
-    from iwm_ray.finetuning.model import Tuned
+    from iwm_ray.driver import Stop
     from iwm_ray.segmentation.experiment import Segmentation
-
-_SECONDS_BETWEEN_LINES = 10.0
-_NUM_PICTURED = 6
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,14 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _main(arguments: Sequence[str]) -> None:
     options = _parser().parse(arguments)
     config = cli.tuning_config(options, SegmentConfig)
+    from iwm_ray.driver import Stop
     from iwm_ray.segmentation.experiment import Segmentation
     from iwm_ray.trained import Trained
+    from iwm_ray.tuning_driver import CachedTokens, preflight
 
-    segmentation = Segmentation.open(Trained.open(options.run, options.checkpoint), config, options.output)
+    trained = Trained.open(options.run, options.checkpoint)
+    segmentation = Segmentation.open(trained, config, options.output, CachedTokens(trained, config))
+    resources = preflight(segmentation)
     if options.dry_run:
-        print("\n".join(plan_lines(segmentation)))
+        print("\n".join([*plan_lines(segmentation), f"  resources  {resources}"]))
         return
-    segment(segmentation)
+    segment(segmentation, Stop(RunDirectory(segmentation.folder)), options.debug)
 
 
 def _parser() -> cli.Parser:
@@ -53,20 +48,22 @@ def _parser() -> cli.Parser:
     return cli.tuning_parser("segment", description, SegmentConfig, "segment-<data>-<hash>")
 
 
-def segment(segmentation: "Segmentation") -> None:
+def segment(segmentation: "Segmentation", stop: "Stop | None" = None, debug: bool = False) -> None:
     """Runs all arms that are not finished, writes summary and pictures, and prints the tables."""
+    from iwm_ray import tuning_driver
     from iwm_ray.segmentation import summary
 
-    folder, pictured = segmentation.folder, _Pictured(segmentation)
+    folder = segmentation.folder
     with RunDirectory(folder).lock():
-        segmentation.run(_Progress(segmentation).say, pictured.keep)
+        segmentation.start()
+        tuning_driver.run(segmentation, stop, debug)
         found: dict[str, Any] = summary.summarise(
             segmentation.counts(), segmentation.train.classes.names, segmentation.task
         )
         found |= {"status": "finished", "step": segmentation.trained.step, "arms": segmentation.costs()}
         write_json(folder / "summary.json", found)
-        picture = pictured.draw()
-        track(segmentation.trained, folder, found["metrics"], ("summary.json", picture.name))
+        picture = _draw(segmentation)
+        tuning_driver.track(segmentation, found["metrics"], ("summary.json", picture.name))
     print("\n".join(summary.lines(found)))
     print(f"summary      {folder / 'summary.json'}")
     print(f"picture      {picture}")
@@ -76,7 +73,7 @@ def segment(segmentation: "Segmentation") -> None:
 
 def plan_lines(segmentation: "Segmentation") -> list[str]:
     """What `--dry-run` prints."""
-    config, arms = segmentation.config, segmentation.arms
+    config, arms = segmentation.config, segmentation.planned()
     finished = sum(map(segmentation.is_finished, arms))
     return [
         f"plan of {segmentation.folder}",
@@ -84,85 +81,31 @@ def plan_lines(segmentation: "Segmentation") -> list[str]:
         f"  data       {len(segmentation.train):,} training and {len(segmentation.test):,} test images of "
         f"{segmentation.train.size} pixels, {len(segmentation.train.classes.names)} classes",
         f"  arms       {len(arms)}, {finished} of them finished; {config.steps:,} steps each",
-        f"  device     {segmentation.device}",
     ]
 
 
-class _Pictured:
-    """The first test images as the trained networks of the first seed see them; predictions are kept for the picture."""
+def _draw(segmentation: "Segmentation") -> Path:
+    """The first test images as the trained networks of the first seed see them."""
+    import numpy as np
 
-    def __init__(self, segmentation: "Segmentation") -> None:
-        self._segmentation = segmentation
-        self._folder = segmentation.folder / "pictured"
+    from iwm_ray.pictures.segmentation import segmentation_sheet
 
-    def keep(self, arm: "Arm", tuned: "Tuned") -> None:
-        """Keeps what a network makes of these images."""
-        import numpy as np
-
-        from iwm_ray.config import RuntimeConfig
-        from iwm_ray.segmentation.network import predict
-
-        segmentation = self._segmentation
-        precision = RuntimeConfig(precision=segmentation.config.runtime.precision)
-        action_dim = segmentation.trained.policy.action_dim
-        predicted = predict(tuned, segmentation.test, self._places(), action_dim, precision)[2]
-        self._folder.mkdir(exist_ok=True)
-        np.save(self._folder / f"{arm.tune}-{arm.start}.npy", predicted.numpy())
-
-    def draw(self) -> Path:
-        """The picture of all networks together."""
-        import numpy as np
-
-        from iwm_ray.pictures.segmentation import segmentation_sheet
-
-        segmentation = self._segmentation
-        places = self._places()
-        images, truth, _ = segmentation.test.read(places, np.zeros_like(places), 0)
-        words = {
-            "pretrained": "\npretrained predictor",
-            "random": "\nrandom predictor",
-            "none": "\nno predictor",
-        }
-        predicted = {
-            f"{family.tune}:{words[family.start]}": np.load(
-                self._folder / f"{family.tune}-{family.start}.npy"
-            )
-            for family in segmentation.families
-        }
-        names = segmentation.train.classes.names
-        title = f"{segmentation.task}: what was tuned, and what it makes of test images"
-        figure = segmentation_sheet(
-            images.permute(0, 2, 3, 1).numpy(), truth.numpy(), predicted, names, title
-        )
-        figure.savefig(segmentation.folder / "predictions.png")
-        return segmentation.folder / "predictions.png"
-
-    def _places(self) -> "NDArray[np.int64]":
-        import numpy as np
-
-        return np.arange(min(_NUM_PICTURED, len(self._segmentation.test)))
-
-
-class _Progress:
-    """Shows which arm runs, how far it is, and how long the rest will take."""
-
-    def __init__(self, segmentation: "Segmentation") -> None:
-        arms = segmentation.arms
-        self._left = [arm for arm in arms if not segmentation.is_finished(arm)]
-        self._begin = self._shown = time.monotonic()
-
-    def say(self, arm: "Arm", step: int, num_steps: int, loss: float) -> None:
-        now = time.monotonic()
-        if now - self._shown < _SECONDS_BETWEEN_LINES and step < num_steps:
-            return
-        self._shown = now
-        done = self._left.index(arm) * num_steps + step
-        left = (now - self._begin) * (len(self._left) * num_steps - done) / done
-        print(
-            f"{self._left.index(arm) + 1}/{len(self._left)} {arm.name} · step {step}/{num_steps} · loss {loss:.4f} · "
-            f"{left:.0f} s left",
-            flush=True,
-        )
+    places = segmentation.pictured_places
+    images, truth, readable = segmentation.test.read(places, np.zeros_like(places), 0)
+    words = {
+        "pretrained": "\npretrained predictor",
+        "random": "\nrandom predictor",
+        "none": "\nno predictor",
+    }
+    predicted = {
+        f"{family.tune}:{words[family.start]}": np.load(segmentation.pictured(family))
+        for family in segmentation.families
+    }
+    title = f"{segmentation.task}: what was tuned, and what it makes of test images"
+    pixels, names = images[readable].permute(0, 2, 3, 1).numpy(), segmentation.train.classes.names
+    figure = segmentation_sheet(pixels, truth[readable].long().numpy(), predicted, names, title)
+    figure.savefig(segmentation.folder / "predictions.png")
+    return segmentation.folder / "predictions.png"
 
 
 if __name__ == "__main__":

@@ -1,137 +1,69 @@
-"""One train worker's part in a run: build, resume, fit, report, measure. It runs with or without Ray.
+"""One train worker's part in a pretraining: build, resume, fit, report, measure. It runs with or without Ray."""
 
-The runtime decides where it runs and where its columns come from; nothing here imports ray or mlflow.
-"""
-
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from iwm_ray import action_log
 from iwm_ray.batch import Batch
 from iwm_ray.build import MEASURING_EPOCH, Setup, hold
-from iwm_ray.config import RuntimeConfig
 from iwm_ray.data.decode import Undecodable
 from iwm_ray.data.index import Index
-from iwm_ray.errors import RunError, SupersededError, UsageError
+from iwm_ray.errors import RunError
 from iwm_ray.evaluation.monitors import Monitor
 from iwm_ray.evaluation.mrr import measure_mrr
 from iwm_ray.evaluation.pairs import draw_pairs
-from iwm_ray.loader import local_columns, to_batch, to_tensors
+from iwm_ray.loader import to_batch, to_tensors
 from iwm_ray.model.iwm import IWM, build_model
 from iwm_ray.training import checkpoint, metrics_log
 from iwm_ray.training.loop import StepStats, TrainState, autocast, fit
 from iwm_ray.training.metrics_log import MetricsLog
+from iwm_ray.workers import (
+    OpenColumns,
+    Outcome,
+    Worker,
+    agree_to_stop,
+    begin,
+    checkpoint_every,
+    guarded,
+    resume,
+    shared,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-OpenColumns = Callable[[int], Iterator[dict[str, Tensor]]]
-"""From a step, this worker's columns of that step and all later ones."""
 
 _NUM_SHEET_ROWS = 5
 _LIDAR_IMAGES, _LIDAR_VIEWS = 64, 4  # a tenth of what a reading costs with the default kNN bank
 
 
-@dataclass(frozen=True)
-class Worker:
-    """Which part of the run this process is."""
-
-    rank: int
-    count: int
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a worker's part ended."""
-
-    status: Literal["finished", "stopped", "failed"]
-    step: int
-    message: str = ""
-
-
 def work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
-    """Trains from the newest valid checkpoint to the end, then measures; only rank 0 writes and measures.
-
-    A failure that a restart can't mend comes back as an outcome, so that nobody tries for ever. Where other workers wait
-    for this one, it is noted in the run directory and raised: the restarted group then reads the note and ends.
-    """
-    note = setup.run.failure
-    if note.exists():
-        return Outcome("failed", -1, note.read_text())
-    try:
-        return _work(setup, worker, open_columns)
-    except SupersededError:  # that is this attempt's end, not the run's
-        raise
-    except (RunError, UsageError) as error:
-        if worker.count == 1:
-            return Outcome("failed", -1, str(error))
-        note.write_text(str(error))
-        raise
-
-
-def train_here(setup: Setup) -> Outcome:
-    """The run in this process, without Ray: on the GPU if asked for, with data made by processes of this machine."""
-    device = torch.device("cuda" if setup.config.runtime.use_gpu else "cpu")
-
-    def open_columns(step: int) -> Iterator[dict[str, Tensor]]:
-        processes = setup.config.runtime.data_workers
-        return local_columns(setup.feed, step, setup.total_steps, processes, pin=device.type == "cuda")
-
-    return work(setup, Worker(0, 1, device), open_columns)
-
-
-def resume_step(checkpoints: Path) -> int:
-    """The step after which a run goes on: that of its newest valid checkpoint, or 0."""
-    found = checkpoint.newest_valid(checkpoints)
-    return found.step if found else 0
+    """Trains from the newest valid checkpoint to the end, then measures; only rank 0 writes and measures."""
+    return guarded(setup.run, worker, lambda: _work(setup, worker, open_columns))
 
 
 def _work(setup: Setup, worker: Worker, open_columns: OpenColumns) -> Outcome:
     config = setup.config
-    if worker.device.type == "cpu":
-        torch.set_num_threads(_num_threads(config.runtime, worker.count))
-    torch.set_float32_matmul_precision("high")
-    # From here on no older attempt can write, and all workers find the same newest checkpoint.
-    generation = checkpoint.next_generation(setup.run.checkpoints) if worker.rank == 0 else 0
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    generation = begin(setup.run, worker, config.runtime)
     model = build_model(config, setup.policy.action_dim).to(worker.device)
     state = TrainState.start(model, config, setup.total_steps)
-    found = checkpoint.newest_valid(setup.run.checkpoints)
-    if found:
-        checkpoint.load(found, state)
-        if worker.rank == 0:
-            for line in found.skipped:
-                setup.run.warn(f"checkpoint passed over: {line}")
-    # The only buffers are constants: nothing to broadcast.
-    forward = DistributedDataParallel(model, broadcast_buffers=False) if worker.count > 1 else model
+    resume(setup.run, worker, state)
     reporter = Reporter(setup, worker, state, generation)
     batches = _checked_batches(setup, worker, open_columns(state.step), state.step)
-    fit(state, batches, setup.total_steps, reporter, forward)
+    fit(state, batches, setup.total_steps, reporter, shared(model, worker))
     if state.step < setup.total_steps:
         return Outcome("stopped", state.step)
     if worker.rank == 0:
         measure(setup, model, reporter)
     return Outcome("finished", state.step)
-
-
-def _num_threads(runtime: RuntimeConfig, num_workers: int) -> int:
-    """Threads that must wait for a CPU, because the data tasks hold it, slow all others down: leave them theirs."""
-    spare = len(os.sched_getaffinity(0)) - int(runtime.data_cpus)
-    return runtime.threads_per_worker or max(1, spare // num_workers)
 
 
 def _checked_batches(
@@ -154,7 +86,7 @@ class Reporter:
         config, total = setup.config, setup.total_steps
         self._setup, self._worker, self._generation = setup, worker, generation
         self._monitor_every = config.monitor.every_steps or max(1, total // 10)
-        self._checkpoint_every = config.runtime.checkpoint_every_steps or max(1, min(1000, total // 10))
+        self._checkpoint_every = checkpoint_every(config.runtime, total)
         self._quality: float | None = None
         self._losses: list[tuple[Tensor, Tensor]] = []
         self._clock = _Clock()
@@ -183,10 +115,7 @@ class Reporter:
 
     def _report(self, stats: StepStats) -> None:
         self._losses.append((stats.counter, stats.sample_loss))
-        if self._worker.count > 1:
-            loss = stats.loss / self._worker.count
-            torch.distributed.all_reduce(loss)
-            stats = replace(stats, loss=loss)
+        stats = replace(stats, loss=self._worker.mean(stats.loss))
         values = stats.read()
         rate, wait = self._clock.lap(self._setup.config.optimizer.global_batch_size)
         if self._worker.rank == 0:
@@ -238,14 +167,9 @@ class Reporter:
                 self._setup.run.warn(saved.warning)
 
     def _agree_to_stop(self, step: int) -> bool:
-        wanted = self._worker.rank == 0 and self._setup.run.stop_request.exists()
-        if self._worker.count == 1:
-            return wanted
-        if step % self._setup.config.monitor.report_every_steps:  # a report waits for the device anyway
-            return False
-        flag = torch.tensor(int(wanted), device=self._worker.device)
-        torch.distributed.all_reduce(flag)
-        return bool(flag.item())
+        if self._worker.count > 1 and step % self._setup.config.monitor.report_every_steps:
+            return False  # a report waits for the device anyway
+        return agree_to_stop(self._setup.run.stop_request, self._worker)
 
     def _refuse_bad_data(self) -> None:
         run, data = self._setup.run, self._setup.config.data
@@ -311,11 +235,12 @@ def measure(setup: Setup, model: IWM, reporter: Reporter) -> None:
 
 
 def _measure_world_model(setup: Setup, model: IWM) -> dict[str, float]:
-    """MRR and its gallery; nothing where the views know no jitter, so that no two of a bank would differ."""
+    """MRR and its gallery; nothing where the views know no jitter, so that no two of a bank would differ, or where
+    pixels are predicted, which no bank of tokens holds."""
     from iwm_ray.pictures.retrieval import retrieval_gallery
 
     config, policy = setup.config, setup.policy
-    if not any(field.scale for field in policy.target_jitter.fields):
+    if config.predictor.target == "pixels" or not any(field.scale for field in policy.target_jitter.fields):
         return {}
     held = hold(setup, setup.test_index or setup.feed.index, config.monitor.mrr_images, "mrr")
     mrr = measure_mrr(model, held.images, policy, seed=config.seed, num_views=config.monitor.mrr_views)

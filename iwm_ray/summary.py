@@ -9,8 +9,8 @@ from typing import Any
 from iwm_ray.build import Setup
 from iwm_ray.evaluation.health import judge
 from iwm_ray.run_directory import RunDirectory, read_lines, write_json
-from iwm_ray.session import Outcome
 from iwm_ray.training import metrics_log
+from iwm_ray.workers import Outcome
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iwm_ray.config import Config
-from iwm_ray.errors import UsageError
+from iwm_ray.errors import RunError, UsageError
 from iwm_ray.model.iwm import IWM, build_model
 from iwm_ray.run_directory import RunDirectory, read_config
 from iwm_ray.training import checkpoint
@@ -52,7 +52,16 @@ class Trained:
         return cls(run, config, ViewPolicy.from_config(config.views), found.path, found.step, sums[MODEL])
 
     def load(self) -> IWM:
-        """The model with the checkpoint's weights, on the CPU."""
+        """The model with the checkpoint's weights, on the CPU.
+
+        Raises:
+            RunError: the checkpoint is there no more, or damaged.
+        """
+        if not self.path.is_dir():
+            raise RunError(
+                f"checkpoint {self.path}: replaced by a newer one while it was in use, since the run still trains; run the "
+                "same command again, or give --checkpoint best"
+            )
         model = self.untrained()
         checkpoint.load_model(checkpoint.open_checkpoint(self.path), model)
         return model

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 from iwm_ray import summary
 from iwm_ray.build import build
 from iwm_ray.config import Config
+from iwm_ray.driver import TRACKER_STATUS
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluate import open_measurement, track
 from iwm_ray.evaluation.settings import EvaluateConfig
 from iwm_ray.finetuning.settings import FinetuneConfig
-from iwm_ray.pretrain import TRACKER_STATUS, forget_mended_samples, tracker_of, trainer_of
+from iwm_ray.pretrain import forget_mended_samples, tracker_of, trainer_of
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.sweeping.job import Job
 from iwm_ray.trained import Trained
 
 if TYPE_CHECKING:
-    from iwm_ray.session import Outcome
+    from iwm_ray.workers import Outcome
 
 _LOCK_SECONDS = 30.0  # a driver that was killed takes its trials with it, but not at once
 
@@ -89,12 +90,13 @@ def evaluate(job: Job) -> None:
 
 def finetune_predictor(job: Job, config: FinetuneConfig) -> None:
     """Tunes the predictor and its control; the figures join the run's."""
-    from iwm_ray.finetune import extract_with, finetune
+    from iwm_ray.finetune import finetune
     from iwm_ray.finetuning.experiment import Experiment
+    from iwm_ray.tuning_driver import CachedTokens
 
     trained = Trained.open(job.run.path)
     config = _on_own_data(config, trained.config)
-    finetune(Experiment.open(trained, config, None, extract_with(trained, config)))
+    finetune(Experiment.open(trained, config, None, CachedTokens(trained, config)))
 
 
 def _on_own_data(config: FinetuneConfig, run: Config) -> FinetuneConfig:
@@ -104,11 +106,12 @@ def _on_own_data(config: FinetuneConfig, run: Config) -> FinetuneConfig:
         raise UsageError("data.test_path is empty; predictor finetuning needs test images of its own")
     data = {"path": (run.data.path,), "test_path": (run.data.test_path,)}
     columns = {"image_column": run.data.image_column, "label_column": run.data.label_column}
-    device = "cuda" if run.runtime.use_gpu else "cpu"
+    names = ("use_gpu", "cpus_per_worker", "threads_per_worker", "data_cpus")
+    runtime = {name: getattr(run.runtime, name) for name in names}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data | columns),
-            "runtime": config.runtime.model_copy(update={"device": device}),
+            "runtime": config.runtime.model_copy(update=runtime),
         }
     )
 

@@ -131,7 +131,14 @@ class Subject:
     @property
     def has_actions(self) -> bool:
         """Without any jitter all views of an image are equal, and there is nothing to imagine."""
-        return any(component.scale for component in self.setup.policy.target_jitter.fields)
+        return self.has_tokens and any(
+            component.scale for component in self.setup.policy.target_jitter.fields
+        )
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the predictor imagines tokens, not pixels."""
+        return self.setup.config.predictor.target == "encoder"
 
     @cached_property
     def mrr(self) -> MrrResult:
@@ -139,6 +146,8 @@ class Subject:
 
     @property
     def headline(self) -> str:
+        if not self.has_tokens:
+            return "This run predicts pixels (MAE): it knows no action, and no tokens that could be compared."
         if not self.has_actions:
             return "This run has no colour jitter: there is no action whose result could be imagined."
         return mrr_sentence(self.mrr)
@@ -238,7 +247,9 @@ def _parts(subject: Subject) -> Iterator[parts.Part]:
     setup, model = subject.setup, subject.model
     if subject.has_actions:
         yield from _action_parts(subject)
-    yield parts.maps_part(measure_maps(model, subject.held.images[:_NUM_MAPS], setup.policy), setup.policy)
+    if subject.has_tokens:
+        maps = measure_maps(model, subject.held.images[:_NUM_MAPS], setup.policy)
+        yield parts.maps_part(maps, setup.policy)
     seen = _hold(setup, setup.feed.index, _NUM_SHEET_ROWS, "sheet").samples  # such as can be read
     title = "Views, masks and actions"
     yield parts.views_part(draw_views(setup, np.zeros_like(seen), seen, title), len(seen))

@@ -21,6 +21,11 @@ def make(**sections):
         ({"predictor": {"width": 100, "num_heads": 3}}, ["predictor.width 100", "predictor.num_heads 3"]),
         ({"views": {"crop_scale": (0.9, 0.3)}}, ["crop_scale 0.9 0.3"]),
         ({"data": {"background": (0, 0, 300)}}, ["background", "300"]),
+        ({"predictor": {"target": "pixels"}}, ["predictor.conditioning feature", "pixels", "use none"]),
+        (
+            {"predictor": {"target": "pixels", "conditioning": "none"}, "views": {"jitter_probability": 0}},
+            ["views.grayscale_probability 0.2", "pixels", "use 0"],
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_named(sections, words):
@@ -45,6 +50,18 @@ def test_the_hash_names_what_is_computed_not_where():
     assert base.hash() == make(runtime={"num_workers": 8}, tracking={"uri": "none"}).hash()
     assert base.hash() != make(seed=1).hash()
     assert base.hash() == Config.model_validate_json(base.model_dump_json()).hash()
+
+
+def test_settings_younger_than_the_first_runs_leave_their_names_alone():
+    """A golden hash: it names runs, sweeps and caches that exist; only a change of what is computed may move it."""
+    assert make().hash() == "3889af8028bd"
+    assert make(masks={"style": "random"}).hash() != make().hash()
+    still = {f"{name}_probability": 0 for name in ("jitter", "grayscale", "blur", "solarize")}
+    tokens, pixels = (
+        make(views=still, predictor={"conditioning": "none", "target": target})
+        for target in ("encoder", "pixels")
+    )
+    assert tokens.hash() != pixels.hash()
 
 
 def test_rates_and_lengths_are_derived():

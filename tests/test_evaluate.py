@@ -2,12 +2,17 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
+from iwm_ray.errors import RunError
 from iwm_ray.evaluate import main
+from iwm_ray.trained import Trained
 from iwm_ray.training import metrics_log
 
 SMALL = {
@@ -214,3 +219,44 @@ def test_a_folder_that_is_no_run(tmp_path, evaluate):
     code, printed = evaluate(tmp_path)
     assert code == 2
     assert "no config.json" in printed.err
+
+
+def test_test_images_among_the_training_images_are_refused(run, evaluate, tmp_path):
+    data = tmp_path / "data"
+    for number in range(4):
+        path = data / "val" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (60 * number, 0, 0)).save(path)
+    code, said = evaluate(run, "--tasks", "mrr", data__path=data, data__test_path=data / "val")
+    assert code == 2
+    assert "lies in path" in said.err
+
+
+def test_a_class_that_only_the_test_images_have_is_refused_before_anything_is_measured(
+    run, evaluate, tmp_path
+):
+    for part, names in (("train", "ab"), ("test", "abc")):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40), (ord(name), 0, len(part))).save(tmp_path / part / name / "x.png")
+    code, said = evaluate(
+        run, "--tasks", "rank", "knn", data__path=tmp_path / "train", data__test_path=tmp_path / "test"
+    )
+    assert code == 2
+    assert "class c" in said.err
+    assert not results(run)
+
+
+def test_a_checkpoint_that_the_run_has_replaced_is_named(run):
+    trained = Trained.open(run)
+    shutil.rmtree(trained.path)
+    with pytest.raises(RunError, match="replaced by a newer one"):
+        trained.load()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(run):
+    command = f"{sys.executable} -m iwm_ray.evaluate {run} --dry-run | true; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert ended.stdout.strip() in ("0", "1")
+    assert "Traceback" not in ended.stderr
+    assert "BrokenPipe" not in ended.stderr

@@ -1,3 +1,5 @@
+import platform
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -49,6 +51,21 @@ def test_rows_depend_on_their_counter_alone(make, where):
     for part in (counters[:1], counters[5:18], counters[[30, 2]]):
         for name, values in feed.rows(part).items():
             np.testing.assert_array_equal(values, whole[name][part - 20])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again(make):
+    """Three columns of a block, freed together: more than glibc would keep."""
+    make("host").feed.rows(np.arange(4))
+
+    def work():
+        return [np.ones(25 << 20, np.uint8) for _ in range(3)]
+
+    work()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        work()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 50
 
 
 def test_a_sample_that_cannot_be_read_keeps_its_place_without_weight(make):

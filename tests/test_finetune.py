@@ -272,3 +272,23 @@ def test_classes_that_do_not_meet(clean_run, digits, tmp_path, capsys):
 def test_a_folder_that_is_no_run(tmp_path, capsys):
     assert finetune(tmp_path, *PHOTOS) == 2
     assert "no config.json" in capsys.readouterr().err
+
+
+def test_arms_are_children_of_the_run_in_mlflow(clean_run, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    run = tmp_path / "run"
+    shutil.copytree(clean_run, run)
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert finetune(run, *PHOTOS, *SMALL, "--seeds", 0, "--tracking.uri", store) == 0
+    client = MlflowClient(tracking_uri=store)
+    (experiment,) = (each for each in client.search_experiments() if each.name == "iwm_ray")
+    runs = {each.info.run_name: each for each in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop("run")
+    assert len(runs) == 2 and "finetune/photos_tiny/top1" in parent.data.metrics
+    for name, child in runs.items():
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.data.params["arm"] in name and child.data.params["batch_size"] == "16"
+        assert {"train/loss", "train/lr"} <= set(child.data.metrics) and child.info.status == "FINISHED"
+    assert parent.data.params["optimizer.global_batch_size"] == "32"
+    assert {each.path for each in client.list_artifacts(parent.info.run_id)} >= {"finetune"}

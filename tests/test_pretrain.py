@@ -19,7 +19,8 @@ from PIL import Image
 from iwm_ray import action_log
 from iwm_ray.build import Setup, build
 from iwm_ray.cli import parse_pretrain
-from iwm_ray.pretrain import Stop, forget_mended_samples, main
+from iwm_ray.driver import Stop
+from iwm_ray.pretrain import forget_mended_samples, main
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.training import metrics_log
 

@@ -3,6 +3,7 @@ import re
 import pytest
 import torch
 
+from iwm_ray.config import Config
 from iwm_ray.model.iwm import build_model
 from iwm_ray.recipes import RECIPES
 from iwm_ray.views.masks import MaskSampler
@@ -13,6 +14,7 @@ PARAMETERS = {
     "vitb16_in1k_invariant": (85.6, 21.9),
     "vitb16_in1k_equivariant": (85.6, 32.5),
     "ijepa_vitb16_in1k": (85.6, 21.9),
+    "mae_vitb16_in1k": (85.6, 26.0),  # MAE's code: decoder 8 x 512, 25.2 + 0.4 in, 0.4 out
 }
 
 
@@ -45,10 +47,10 @@ def test_every_recipe_states_command_cost_and_expectation(name):
     assert command in (name, "")
 
 
-def test_ijepa_has_no_photometric_action():
-    config = RECIPES["ijepa_vitb16_in1k"]()
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("ijepa", "mae"))])
+def test_the_baselines_have_no_photometric_action(name):
+    config = RECIPES[name]()
     assert config.predictor.conditioning == "none"
-    assert config.predictor.loss == "smooth_l1"
     views = config.views
     assert not any(
         (
@@ -58,3 +60,21 @@ def test_ijepa_has_no_photometric_action():
             views.solarize_probability,
         )
     )
+    is_mae = name.startswith("mae")
+    assert config.predictor.loss == ("squared_l2" if is_mae else "smooth_l1")
+    assert config.predictor.target == ("pixels" if is_mae else "encoder")
+    masks = MaskSampler.from_config(config.masks, config.grid)
+    if is_mae:
+        assert masks.num_target_tokens == 3 * masks.num_context_tokens
+
+
+def test_the_small_baselines_differ_from_cifar10_small_in_the_method_alone():
+    names = ("cifar10_small", "ijepa_cifar10_small", "mae_cifar10_small")
+    configs = [RECIPES[name]() for name in names]
+    for part in ("encoder", "optimizer", "schedule", "data"):
+        assert len({getattr(config, part) for config in configs}) == 1
+    shapes = {
+        (config.predictor.depth, config.predictor.width, config.predictor.num_heads) for config in configs
+    }
+    assert len(shapes) == 1
+    assert all(Config.model_validate(config.model_dump()) == config for config in configs)

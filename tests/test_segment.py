@@ -1,16 +1,23 @@
+import io
 import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 import iwm_ray
 from iwm_ray.errors import RunError, UsageError
+from iwm_ray.finetuning.tuning import ArmTraining, work
+from iwm_ray.predict import main as predict_main
 from iwm_ray.segment import main
+from iwm_ray.segmentation.data import read_mask
 from iwm_ray.segmentation.experiment import Segmentation
 from iwm_ray.segmentation.settings import SegmentConfig, SegmentDataConfig
 from iwm_ray.trained import Trained
+from iwm_ray.workers import train_here
 
 
 def segment(*arguments):
@@ -105,6 +112,66 @@ def test_what_was_tuned_is_a_segmenter(segmented, shapes, clean_run, tmp_path):
         assert agrees == 1 if folder.name.startswith("predictor") else agrees < 1
 
 
+def predict(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        predict_main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def test_masks_of_a_folder(segmented, shapes, tmp_path, capsys):
+    """At the images' own size, as a folder and as a column; one of the images is broken."""
+    adapter = next((segmented[0] / "adapters").glob("predictor-*"))
+    images = tmp_path / "images"
+    shutil.copytree(shapes / "images/val", images / "val")
+    (images / "val" / "03.jpg").write_bytes(b"no picture")
+    folder, file = tmp_path / "masks", tmp_path / "masks.parquet"
+    for output in (folder, file):
+        assert predict(adapter, "--data.path", images, "--output", output) == 0
+    out = capsys.readouterr().out
+    assert "16 images" in out and "unreadable   1 of them" in out
+    rows = {row["row_id"]: row for row in pq.read_table(file).to_pylist()}
+    assert len(rows) == 16 and rows["val/03.jpg"]["error"] and rows["val/03.jpg"]["mask"] is None
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.png")} == {
+        f"val/{number:02}.png" for number in range(16) if number != 3
+    }
+    segmenter = iwm_ray.load(adapter)
+    for row_id, row in rows.items():
+        if row["error"]:
+            continue
+        content = (folder / row_id).with_suffix(".png").read_bytes()
+        assert content == row["mask"]
+        with Image.open(io.BytesIO(content)) as mask, Image.open(images / row_id) as image:
+            assert mask.size == image.size == (40, 32)
+            values, pixels = np.array(mask), np.array(image)
+        expected = segmenter.predict(torch.from_numpy(segmenter.fit(pixels)).permute(2, 0, 1)[None])[0]
+        columns = ((np.arange(40) + 0.5) * 32 / 40).astype(int)
+        assert (values == expected.numpy()[:, columns]).mean() > 0.99  # decoders of JPEG differ a little
+        assert row["classes"][0] == segmenter.class_names[np.bincount(expected.flatten()).argmax()]
+        assert sum(row["shares"]) == pytest.approx(1) and row["shares"] == sorted(row["shares"])[::-1]
+    with Image.open(tmp_path / "masks-overview.png") as picture:
+        assert min(picture.size) > 300
+    # What is predicted can be read as masks.
+    assert read_mask(folder / "val/00.png", (32, 40)).max() <= 2
+
+
+def test_where_masks_cannot_go(segmented, shapes, tmp_path, capsys):
+    adapter = next((segmented[0] / "adapters").iterdir())
+    (tmp_path / "there").mkdir()
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for name in ("a.jpg", "a.jpeg"):
+        shutil.copy(shapes / "images/val/00.jpg", twice / name)
+    for images, output, words in (
+        (shapes / "images/val", "there", "there already"),
+        (shapes / "images/val", "masks.csv", "ends in .parquet, or of a new folder"),
+        (twice, "masks", "would both have the mask a.png"),
+    ):
+        assert predict(adapter, "--data.path", images, "--output", tmp_path / output) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error, error
+    assert not (tmp_path / "masks").exists() and not list(tmp_path.glob(".masks*"))
+
+
 def test_a_segmenter_on_another_encoder_is_refused(segmented, clean_run, tmp_path):
     folder = next((segmented[0] / "adapters").iterdir())
     copy = tmp_path / "copy"
@@ -128,6 +195,37 @@ def test_figures_join_those_of_the_run(clean_run, shapes, tmp_path):
     assert folder.name.startswith("segment-")
     measured = json.loads((folder / "summary.json").read_text())["metrics"]
     assert measured.items() <= json.loads((run / "summary.json").read_text())["metrics"].items()
+
+
+def test_the_rate_is_chosen_on_held_out_training_images(clean_run, shapes, tmp_path):
+    output = tmp_path / "out"
+    grid = [
+        "--lr-grid",
+        "1e-9",
+        "1e-2",
+        "--steps",
+        20,
+        "--batch-size",
+        16,
+        "--seeds",
+        0,
+        1,
+        "--tune",
+        "encoder",
+    ]
+    assert segment(clean_run, *data(shapes), *grid, "--head", "linear", "--output", output) == 0
+    facts = {path.stem: json.loads(path.read_text()) for path in (output / "arms").glob("*.json")}
+    choices = {name: each for name, each in facts.items() if each["is_choice"]}
+    assert len(choices) == 2 and len(facts) == 4
+    for name in choices:  # a tenth of 48
+        assert np.load(output / "arms" / f"{name}.npy").shape == (5, 3, 3)
+    scores = {}
+    for name, each in choices.items():
+        right, predicted, there = np.load(output / "arms" / f"{name}.npy").sum(0)
+        scores[each["lr"]] = float(np.mean(right / (predicted + there - right)))
+    best = max(scores, key=scores.get)
+    assert {each["lr"] for each in facts.values() if not each["is_choice"]} == {best}
+    assert len(list((output / "adapters").iterdir())) == 1
 
 
 def test_a_dry_run_creates_nothing(clean_run, shapes, tmp_path, capsys):
@@ -156,3 +254,78 @@ def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_segmentation_goes_on_to_the_same_bits(clean_run, shapes, tmp_path):
+    """Statistics of the head's batch normalisation are in the checkpoint."""
+    config = SegmentConfig(
+        data=SegmentDataConfig(**paths(shapes)), steps=12, batch_size=8, seeds=(0,), tune=("encoder",)
+    )
+    contents = []
+    for name in ("clean", "stopped"):
+        segmentation = Segmentation.open(Trained.open(clean_run), config, tmp_path / name)
+        training = ArmTraining(segmentation, segmentation.finals()[0])
+        training.run.path.mkdir(parents=True)
+        request = tmp_path / name / "stop-request"
+        if name == "stopped":
+            request.touch()
+            assert train_here(training, work).status == "stopped"
+            request.unlink()
+        assert train_here(training, work).status == "finished"
+        contents.append(next(tmp_path.glob(f"{name}/adapters/*/segmenter.safetensors")).read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_cached_tokens_are_those_of_the_images(clean_run, shapes, tmp_path):
+    """On a larger grid than in pretraining, mirrored as the mask is; an image that cannot be decoded counts for nothing."""
+    root = tmp_path / "shapes"
+    shutil.copytree(shapes, root)
+    (root / "images/train/05.jpg").write_bytes(b"no picture")
+    config = SegmentConfig(
+        data=SegmentDataConfig(**paths(root)),
+        steps=3,
+        batch_size=16,
+        image_size=64,
+        augment={"crop_area": 1.0},
+    )
+    runtime = config.runtime.model_copy(update={"token_gigabytes": 0.0})
+    trained = Trained.open(clean_run)
+    cached = Segmentation.open(trained, config, tmp_path / "cached")
+    read = Segmentation.open(trained, config.model_copy(update={"runtime": runtime}), tmp_path / "read")
+    arm = cached.finals()[0]
+    assert cached.has_tokens(arm) and not read.has_tokens(arm)
+    cropped = config.model_copy(update={"augment": config.augment.model_copy(update={"crop_area": 0.5})})
+    assert not Segmentation.open(trained, cropped, tmp_path / "cropped").has_tokens(arm)
+    ours, theirs = cached.rows(arm), read.rows(arm)
+    encoder, blank = cached.assemble(arm).encoder, 0
+    for step in range(3):
+        counters = np.arange(step * 16, step * 16 + 16)
+        one, other = ours.rows(counters), theirs.rows(counters)
+        np.testing.assert_array_equal(one["labels"], other["labels"])
+        with torch.no_grad():
+            expected = encoder(torch.from_numpy(other["inputs"])).numpy()
+        ignored = (one["labels"] == 255).all((1, 2))
+        assert one["inputs"].shape == (16, 64, 64)
+        np.testing.assert_allclose(one["inputs"][~ignored], expected[~ignored], atol=1e-4)
+        blank += int(ignored.sum())
+    assert blank == 1
+
+
+def test_a_segmentation_from_cached_tokens(clean_run, shapes, tmp_path):
+    options = [
+        "--steps",
+        4,
+        "--batch-size",
+        8,
+        "--seeds",
+        0,
+        "--augment.crop-area",
+        1,
+        "--output",
+        tmp_path / "out",
+    ]
+    cache = ["--runtime.cache", tmp_path / "cache"]
+    assert segment(clean_run, *data(shapes), *options, *cache) == 0
+    facts = [json.loads(path.read_text()) for path in (tmp_path / "out/arms").glob("*.json")]
+    assert [each["inputs"] for each in facts] == ["tokens", "tokens"]
+    assert len(list((tmp_path / "cache/features").iterdir())) == 2

@@ -16,8 +16,9 @@ from iwm_ray.cli import parse_pretrain
 from iwm_ray.errors import SupersededError
 from iwm_ray.loader import to_tensors
 from iwm_ray.run_directory import RunDirectory
-from iwm_ray.session import Reporter, Worker, resume_step, work
+from iwm_ray.session import Reporter, work
 from iwm_ray.training import checkpoint, metrics_log
+from iwm_ray.workers import Worker, resume_step
 
 WORKER = Worker(0, 1, torch.device("cpu"))
 SHORT = {"--schedule.steps": 7, "--monitor.every-steps": 3, "--runtime.checkpoint-every-steps": 2}

@@ -6,8 +6,8 @@ from iwm_ray import summary
 from iwm_ray.build import build
 from iwm_ray.cli import parse_pretrain
 from iwm_ray.run_directory import RunDirectory
-from iwm_ray.session import Outcome
 from iwm_ray.training.metrics_log import MetricsLog
+from iwm_ray.workers import Outcome
 
 
 @pytest.fixture

@@ -9,11 +9,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from iwm_ray.errors import UsageError
 from iwm_ray.evaluation.features import digest
 from iwm_ray.model.encoder import Encoder
 from iwm_ray.trained import Trained
+from iwm_ray.views.resize import clean_view
 
 LAST = -1
 """the layer that is an encoder's output; others are numbers of its blocks (of a timm model: of its feature stages)"""
@@ -40,6 +43,33 @@ class TokenModel(nn.Module):
             UsageError: no such layer.
         """
         raise NotImplementedError
+
+
+class FrozenEncoder(Protocol):
+    """What makes tokens of images; a small value."""
+
+    @property
+    def name(self) -> str:
+        """For a person."""
+        ...
+
+    @property
+    def hash(self) -> str:
+        """Of what decides the tokens of a view."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that it reads, pixels."""
+        ...
+
+    def view(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """`[h w 3]` -> `[s s 3]`: what it reads of an image."""
+        ...
+
+    def load(self) -> TokenModel:
+        """The encoder with its weights, on the CPU."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,6 +109,10 @@ class RunEncoder:
         """Side of the images that it reads, pixels."""
         return self.trained.config.views.image_size
 
+    def view(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """`[h w 3]` -> `[s s 3]`: its middle square, resized."""
+        return clean_view(image, self.image_size)
+
     def load(self) -> TokenModel:
         """The encoder on the CPU.
 
@@ -87,7 +121,7 @@ class RunEncoder:
         """
         model = self.trained.untrained() if self.which == "untrained" else self.trained.load()
         encoder = model.encoder if self.which == "context" else model.target_encoder
-        return _RunTokens(encoder, self._is_normalized, self.mirrored)
+        return RunTokens(encoder, self._is_normalized, self.mirrored)
 
     @property
     def _is_normalized(self) -> bool:
@@ -158,6 +192,10 @@ class TimmEncoder:
         )
         return f"{self.model}, {source}"
 
+    def view(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """`[h w 3]` -> `[s s 3]`: its middle square, resized."""
+        return clean_view(image, self.image_size)
+
     def load(self) -> TokenModel:
         """The model on the CPU.
 
@@ -201,10 +239,15 @@ class TimmEncoder:
         )
 
 
-FrozenEncoder = RunEncoder | TimmEncoder
+class RunTokens(TokenModel):
+    """The tokens of a run's encoder.
 
+    Args:
+        encoder: with its weights.
+        normalize: whether they get the layer norm of the targets.
+        mirrored: those of the horizontally flipped images.
+    """
 
-class _RunTokens(TokenModel):
     def __init__(self, encoder: Encoder, normalize: bool, mirrored: bool) -> None:
         super().__init__()
         self.encoder = encoder

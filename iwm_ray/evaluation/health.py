@@ -149,7 +149,7 @@ class _Run:
         parts = [f"RankMe {rank:.1f} of {self.width}", f"std {spread:.2f}"]
         if lidars:
             parts.insert(1, f"LiDAR {lidars[-1]:.1f}")
-        if self.conditioning == "none":
+        if gaps and self.conditioning == "none":
             parts.append("invariant by construction (conditioning none)")
         elif gaps:
             parts.append(f"action gap {gaps[-1]:+.3f}")

@@ -13,7 +13,6 @@ from iwm_ray.evaluation.features import measuring, model_device, target_features
 from iwm_ray.evaluation.knn import best_constant, knn_classes
 from iwm_ray.evaluation.rank import feature_std, lidar, rankme
 from iwm_ray.evaluation.shuffle import derangement
-from iwm_ray.model.encoder import take
 from iwm_ray.model.iwm import IWM
 
 
@@ -65,7 +64,8 @@ class Monitor:
 
         Returns:
             `monitor/loss` of the batch; `monitor/action_gap`, the loss with the actions of other rows minus
-            that loss (0: actions are ignored); `monitor/cosine` of prediction and target tokens, -1..1;
+            that loss (0: actions are ignored); `monitor/cosine` of prediction and target tokens, -1..1 (neither
+            of a model that predicts pixels: it has no action, and its target is no token);
             `monitor/rankme`, 1..width; `monitor/lidar`, 1..min(k - 1, width); `monitor/target_std`, the
             standard deviation over the images of the mean target tokens, averaged over the channels (0: all
             images alike); with labels `monitor/knn_top1` and `monitor/knn_chance`, 0..1 (see KnnResult).
@@ -83,18 +83,22 @@ class Monitor:
         return {f"monitor/{name}": value for name, value in zip(readings, values, strict=True)}
 
     def _read_predictions(self, model: IWM) -> dict[str, Tensor]:
-        found = []
+        found, has_tokens = [], model.config.target == "encoder"
         for part, other_action in self._parts(model_device(model)):
-            target = take(model.target_tokens(part.target), part.target_idx).float()
+            target = model.targets(part.target, part.target_idx).float()
             context = model.encoder(part.source, part.context_idx)
-            prediction, other = (
+            predictions = [
                 model.predictor(context, part.context_idx, part.target_idx, action).float()
-                for action in (part.action, other_action)
-            )
-            cosine = F.cosine_similarity(prediction, target, dim=2).mean(1)
-            losses = (_sample_loss(tokens, target, model.config.loss) for tokens in (prediction, other))
-            found.append(torch.stack([*losses, cosine]))
-        loss, other_loss, cosine = torch.cat(found, dim=1).mean(1)
+                for action in ((part.action, other_action) if has_tokens else (part.action,))
+            ]
+            rows = [_sample_loss(tokens, target, model.config.loss) for tokens in predictions]
+            if has_tokens:
+                rows.append(F.cosine_similarity(predictions[0], target, dim=2).mean(1))
+            found.append(torch.stack(rows))
+        loss, *others = torch.cat(found, dim=1).mean(1)
+        if not has_tokens:
+            return {"loss": loss}
+        other_loss, cosine = others
         return {"loss": loss, "action_gap": other_loss - loss, "cosine": cosine}
 
     def _parts(self, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:

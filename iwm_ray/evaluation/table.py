@@ -14,7 +14,7 @@ _NAMES = {
     "mrr/h5": "true view among the first five",
     "mrr/h10": "true view among the first ten",
     "mrr/zero_action": "MRR with the null action",
-    "mrr/shuffled_action": "MRR with another view's action",
+    "mrr/shuffled_action": "MRR with another view's action (below chance: it is believed)",
     "mrr/pooled": "MRR by pooled cosine",
     "mrr/inverse": "MRR of the way back",
     "mrr/inverse_zero_action": "MRR of the way back, null action",

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from iwm_ray.finetuning.settings import FinetuneConfig
 from iwm_ray.model.encoder import Encoder
 from iwm_ray.run_directory import write_json
 from iwm_ray.trained import Trained
+from iwm_ray.views.resize import clean_view
 
 _FORMAT = 1
 _TENSORS, FACTS = "adapter.safetensors", "adapter.json"
@@ -40,6 +43,8 @@ _TENSORS, FACTS = "adapter.safetensors", "adapter.json"
 class Classifier:
     """A task's classes for images."""
 
+    trained: Trained
+    """where its encoder comes from"""
     tuned: Tuned
     task: str
     class_names: tuple[str, ...]
@@ -49,6 +54,10 @@ class Classifier:
     def image_size(self) -> int:
         """Side of the images, pixels."""
         return self.tuned.encoder.grid[0] * self.tuned.encoder.patch_size
+
+    def fit(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """`[h w 3]` of any size -> `[s s 3]` as `predict` takes it, but channels last: the middle square, resized."""
+        return clean_view(image, self.image_size)
 
     def predict(self, images: Tensor) -> Tensor:
         """`[b 3 s s]` uint8 RGB of the encoder's size -> `[b c]` float32 probabilities, on the model's device.
@@ -85,11 +94,7 @@ def save(
         encoder_hash: `weights_hash` of the encoder as the run has it, before any tuning.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in tuned.state_dict().items()
-        if not (tuned.is_frozen and name.startswith("encoder."))
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tuned.own_state().items()}
     partial = folder / f".{_TENSORS}.{os.getpid()}"
     save_file(tensors, partial)
     partial.replace(folder / _TENSORS)
@@ -142,7 +147,7 @@ def attach(folder: Path, encoder: Encoder) -> Tuned:
     is_frozen = not facts["has_encoder"]
     own = encoder if is_frozen else deepcopy(encoder)
     tuned = Tuned(own, predictor, heads, tokens, is_frozen)
-    expected = {name for name in tuned.state_dict() if not (is_frozen and name.startswith("encoder."))}
+    expected = set(tuned.own_state())
     try:
         tuned.load_state_dict(tuned.state_dict() | tensors)
     except RuntimeError as error:  # names or shapes
@@ -169,7 +174,7 @@ def load(folder: Path, task: str = "", run: Path | None = None) -> Classifier:
         facts["action"] == "random",
         facts["target_fraction"],
     )
-    return Classifier(attach(folder, encoder), task, tuple(facts["tasks"][task]), asking)
+    return Classifier(trained, attach(folder, encoder), task, tuple(facts["tasks"][task]), asking)
 
 
 def trained_of(folder: Path, run: Path | None = None) -> Trained:

@@ -84,22 +84,6 @@ def families(config: FinetuneConfig, tasks: tuple[str, ...]) -> Iterator[Family]
                 yield Family(tune, start, group)
 
 
-def choices(config: FinetuneConfig, family: Family) -> list[Arm]:
-    """The arms among whose learning rates the held-out images choose; none where there is no choice."""
-    grid = config.lr_grid if len(config.lr_grid) > 1 else ()
-    return [Arm(family.tune, family.start, family.tasks, config.seeds[0], lr, True) for lr in grid]
-
-
-def finals(config: FinetuneConfig, family: Family, lr: float) -> list[Arm]:
-    """The arms that are judged on the test set."""
-    return [Arm(family.tune, family.start, family.tasks, seed, lr) for seed in config.seeds]
-
-
-def default_lr(config: FinetuneConfig) -> float:
-    """The rate where nothing is to be chosen."""
-    return config.lr_grid[0] if len(config.lr_grid) == 1 else config.lr
-
-
 def read_result(folder: Path, arm: Arm) -> ArmResult | None:
     """The result of a finished arm.
 

@@ -1,6 +1,6 @@
 """Labelled images of one or several tasks: as cached tokens of a frozen encoder, or as images read at every step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from iwm_ray.config import Config
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
@@ -19,8 +18,9 @@ from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
 from iwm_ray.data.read import Reader
 from iwm_ray.errors import RunError, UsageError
-from iwm_ray.evaluation.encoders import RunEncoder
+from iwm_ray.evaluation.encoders import FrozenEncoder
 from iwm_ray.evaluation.features import Features, measuring
+from iwm_ray.feed import Columns
 from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
 from iwm_ray.randomness import integers, uniforms
 from iwm_ray.views.resize import clean_view
@@ -31,7 +31,7 @@ _CHOICE_EPOCH = 2**31 - 2
 
 
 class Drawn(NamedTuple):
-    """Some rows; unreadable images are left out."""
+    """Some rows."""
 
     inputs: Tensor
     """`[b n d]` float32 tokens, or `[b 3 s s]` uint8 images"""
@@ -39,12 +39,24 @@ class Drawn(NamedTuple):
     """`[b]` int64"""
     samples: NDArray[np.int64]
     """`[b]` sample numbers in the index"""
+    readable: NDArray[np.bool_]
+    """`[b]` whether there is an image; one that cannot be decoded is black"""
+
+    def readable_only(self) -> "Drawn":
+        """Without the images that cannot be decoded."""
+        kept = self.readable
+        if kept.all():
+            return self
+        return Drawn(self.inputs[kept], self.labels[kept], self.samples[kept], kept[kept])
 
 
-class Rows(Protocol):
+class Split(Protocol):
     """The images of one split of a task, in some form."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def view_bytes(self) -> int: ...
 
     def rows(self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int) -> Drawn:
         """`[b]` places in the split and passes over it -> these rows, augmented by draws of that seed."""
@@ -69,21 +81,23 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of an image."""
+        return 3 * self.size**2
+
     def rows(self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int) -> Drawn:
-        images, kept = [], []
         samples = self.samples[places]
+        images = torch.zeros(len(places), 3, self.size, self.size, dtype=torch.uint8)
+        readable = np.zeros(len(places), np.bool_)
         for i, data in enumerate(self._reader.read_many(samples)):
             with suppress(Undecodable):
                 if isinstance(data, Undecodable):
                     raise data
                 image = decode(data, self.limits)
-                images.append(self._transform(image, _draws(seed, epochs[i : i + 1], samples[i : i + 1])[0]))
-                kept.append(i)
-        if not images:
-            raise RunError(
-                f"not one of {len(places)} images in turn could be decoded: {self.index.path(0)}, ..."
-            )
-        return Drawn(torch.stack(images), torch.from_numpy(self.labels[places[kept]]), samples[kept])
+                images[i] = self._transform(image, _draws(seed, epochs[i : i + 1], samples[i : i + 1])[0])
+                readable[i] = True
+        return Drawn(images, torch.from_numpy(self.labels[places]), samples, readable)
 
     def part(self, start: int, stop: int) -> "ImageRows":
         """Rows `start` to `stop` - 1 alone."""
@@ -126,13 +140,19 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.plain.labels)
 
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of an image's tokens."""
+        return 4 * int(np.prod(self.plain.values.shape[1:]))
+
     def rows(self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int) -> Drawn:
         samples = self.plain.samples[places]
         tokens = self.plain.values[places].astype(np.float32)  # float16 on the disk
         if self.flipped is not None:
             turned = _draws(seed, epochs, samples)[:, 1] < self.flip_probability
             tokens[turned] = self.flipped.values[places[turned]]
-        return Drawn(torch.from_numpy(tokens), torch.from_numpy(self.plain.labels[places]), samples)
+        labels, readable = torch.from_numpy(self.plain.labels[places]), np.ones(len(places), np.bool_)
+        return Drawn(torch.from_numpy(tokens), labels, samples, readable)
 
 
 def _draws(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -144,7 +164,7 @@ def _draws(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> 
 
 
 def _channels_first(image: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -246,34 +266,65 @@ def _open_task(
     return task
 
 
-def encode(encoder: RunEncoder, rows: ImageRows, batch_size: int = _READ_AT_ONCE) -> Features:
-    """Tokens of a frozen encoder for every readable image, in the order of the rows; in this process, on the CPU.
+class Images(Protocol):
+    """Some images of a data set."""
+
+    @property
+    def index(self) -> Index: ...
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """`[k]` sample numbers in the index."""
+        ...
+
+    @property
+    def limits(self) -> DecodeLimits: ...
+
+
+Extract = Callable[[FrozenEncoder, Images], Features]
+"""makes the tokens `[k n d]` of a frozen encoder for those of the images that can be read"""
+
+
+def encode(encoder: FrozenEncoder, images: Images, batch_size: int = _READ_AT_ONCE) -> Features:
+    """Tokens of a frozen encoder for every readable image, in their order; in this process, on the CPU.
 
     Args:
         encoder: whose tokens.
-        rows: whole images, not augmented.
+        images: as they are.
         batch_size: images in one forward pass.
     """
-    model = encoder.load()
-    values, labels, samples = [], [], []
+    model, reader = encoder.load(), Reader(images.index)
+    values, samples = [], []
     with measuring(model):
-        for drawn in in_order(rows, batch_size):
-            values.append(model.tokens(drawn.inputs)[0].numpy())
-            labels.append(drawn.labels.numpy())
-            samples.append(drawn.samples)
-    return Features(
-        np.concatenate(values),
-        np.concatenate(labels),
-        np.concatenate(samples),
-        rows.index.class_names,
-        encoder.hash,
-    )
+        for places in _in_parts(len(images.samples), batch_size):
+            views, found = [], []
+            for sample, data in zip(
+                images.samples[places], reader.read_many(images.samples[places]), strict=True
+            ):
+                with suppress(Undecodable):
+                    if isinstance(data, Undecodable):
+                        raise data
+                    views.append(_channels_first(encoder.view(decode(data, images.limits))))
+                    found.append(sample)
+            if found:
+                values.append(model.tokens(torch.stack(views))[0].numpy())
+                samples.append(np.array(found))
+    known = np.concatenate(samples)
+    labels, names = images.index.labels[known].astype(np.int64), images.index.class_names
+    return Features(np.concatenate(values), labels, known, names, encoder.hash)
 
 
-def in_order(rows: Rows, batch_size: int) -> Iterator[Drawn]:
-    """Every row once, for measuring."""
-    for places in _in_parts(len(rows), batch_size):
-        yield rows.rows(places, np.zeros_like(places), 0)
+def in_order(split: Split, batch_size: int) -> Iterator[Drawn]:
+    """Every readable row once, for measuring.
+
+    Raises:
+        RunError: none of the images of a whole batch can be read.
+    """
+    for places in _in_parts(len(split), batch_size):
+        drawn = split.rows(places, np.zeros_like(places), 0).readable_only()
+        if not len(drawn.labels):
+            raise RunError(f"not one of {len(places)} images in turn could be decoded; look at the data")
+        yield drawn
 
 
 def _in_parts(count: int, size: int) -> Iterator[NDArray[np.int64]]:
@@ -281,50 +332,56 @@ def _in_parts(count: int, size: int) -> Iterator[NDArray[np.int64]]:
         yield np.arange(first, min(first + size, count))
 
 
-class Step(NamedTuple):
-    """The batch of one optimizer step: images of one task."""
-
-    task: int
-    inputs: Tensor
-    labels: Tensor
-
-
 @dataclass(frozen=True)
-class Steps(Dataset[Step]):
-    """The batch of step k under the index k: a function of the seed, so that two arms see the same data."""
+class Steps:
+    """The rows of every step of an arm: a function of the seed, so that two arms see the same data (see feed.Rows)."""
 
-    tasks: tuple[Rows, ...]
+    tasks: tuple[Split, ...]
     schedule: NDArray[np.int64]
     """`[k]` the task of each step"""
     batch_size: int
     seed: int
+    has_partners: bool = False
+    """whether a row brings the one before it in the batch too (the first: the last), to be mixed with it"""
 
-    def __len__(self) -> int:
-        return len(self.schedule)
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, nearly."""
+        return (2 if self.has_partners else 1) * self.view_bytes
 
-    def __getitem__(self, step: int) -> Step:
-        task = int(self.schedule[step])
-        rows, nth = self.tasks[task], int((self.schedule[:step] == task).sum())
-        size = min(self.batch_size, len(rows))
-        plan = Plan(self.seed, len(rows), size)
-        counters = np.arange(nth * size, (nth + 1) * size)
-        epochs, _ = plan.locate(counters)
-        drawn = rows.rows(plan.samples(counters), epochs, self.seed)
-        return Step(task, drawn.inputs, drawn.labels)
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of a row in its largest column."""
+        return max(split.view_bytes for split in self.tasks)
 
-    def batches(self, num_processes: int) -> Iterator[Step]:
-        """All steps in order; images are read by that many processes, or by this one for 0."""
-        if not num_processes:
-            return (self[step] for step in range(len(self)))
-        return iter(
-            DataLoader(
-                self,
-                sampler=range(len(self)),
-                batch_size=None,
-                num_workers=num_processes,
-                multiprocessing_context="spawn",
-            )
-        )
+    def rows(self, counters: NDArray[np.int64]) -> Columns:
+        """Rows of one step.
+
+        Args:
+            counters: `[b]` step x batch_size + place in the batch.
+
+        Returns:
+            `counter [b]`, `inputs` (see Drawn), `labels [b]`, `weight [b]` float32 (0: the image cannot be decoded)
+            and, with partners, `partners` and `partner_labels`.
+        """
+        step, size = int(counters[0]) // self.batch_size, self.batch_size
+        places = counters - step * size
+        split = self.tasks[self.schedule[step]]
+        before = int((self.schedule[:step] == self.schedule[step]).sum())
+        partners = (places - 1) % size
+        asked = np.unique(np.concatenate((places, partners) if self.has_partners else (places,)))
+        plan, own = Plan(self.seed, len(split), size), before * size + asked
+        drawn = split.rows(plan.samples(own), plan.locate(own)[0], self.seed)
+        inputs, labels, at = drawn.inputs.numpy(), drawn.labels.numpy(), np.searchsorted(asked, places)
+        columns = {
+            "inputs": inputs[at],
+            "labels": labels[at],
+            "weight": drawn.readable[at].astype(np.float32),
+        }
+        if self.has_partners:
+            at = np.searchsorted(asked, partners)
+            columns |= {"partners": inputs[at], "partner_labels": labels[at]}
+        return {"counter": counters} | columns
 
 
 def alternate(num_steps: Sequence[int]) -> NDArray[np.int64]:
@@ -339,21 +396,29 @@ def alternate(num_steps: Sequence[int]) -> NDArray[np.int64]:
 
 
 def mixed(
-    images: Tensor, labels: Tensor, num_classes: int, augment: AugmentConfig, seed: int, step: int
+    images: Tensor,
+    labels: Tensor,
+    partners: Tensor,
+    partner_labels: Tensor,
+    num_classes: int,
+    augment: AugmentConfig,
+    seed: int,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
-    """Mixup or cutmix of a batch.
+    """Mixup or cutmix of each image with its partner; the draws are those of the step, one for all.
 
     Returns:
-        `[b 3 s s]` float in 0..1 and `[b c]` shares of the classes; the images and labels as they are where neither
-        is asked for.
+        `[b 3 s s]` float in 0..1 and `[b c]` shares of the classes.
     """
-    if not (augment.mixup or augment.cutmix):
-        return images, labels
     from torchvision.transforms import v2
 
     ways = [(v2.MixUp, augment.mixup), (v2.CutMix, augment.cutmix)]
     choices = [way(alpha=alpha, num_classes=num_classes) for way, alpha in ways if alpha]
+    # torchvision mixes each row with the one before it.
+    together = torch.stack((partners, images), 1).flatten(0, 1) / 255
+    names = torch.stack((partner_labels, labels), 1).flatten()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(integers(seed, step, "mix", 1)[0] >> np.uint64(11)))
         way = choices[int(torch.randint(len(choices), ()))]
-        return way(images / 255, labels)
+        together, shares = way(together, names)
+    return together[1::2], shares[1::2]

@@ -1,56 +1,48 @@
-"""All arms of a finetuning, one after the other, and what they share: data, cached tokens, the trained model."""
+"""A finetuning for classes of whole images: its data, cached tokens, networks and results."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from iwm_ray.build import cache_folder
-from iwm_ray.config import RuntimeConfig
 from iwm_ray.errors import UsageError
 from iwm_ray.evaluation.encoders import RunEncoder
-from iwm_ray.evaluation.features import Features
+from iwm_ray.evaluation.features import Features, model_device
 from iwm_ray.finetuning import adapter
-from iwm_ray.finetuning.arms import (
-    Arm,
-    ArmResult,
-    Family,
-    choices,
-    default_lr,
-    families,
-    finals,
-    read_result,
-    write_result,
+from iwm_ray.finetuning.arms import Arm, ArmResult, Family, families, read_result, write_result
+from iwm_ray.finetuning.classification import ClassObjective, measure
+from iwm_ray.finetuning.data import (
+    Extract,
+    ImageRows,
+    Split,
+    Steps,
+    Task,
+    TokenRows,
+    alternate,
+    encode,
+    open_tasks,
 )
-from iwm_ray.finetuning.data import ImageRows, Rows, Steps, Task, TokenRows, alternate, encode, open_tasks
-from iwm_ray.finetuning.fit import fit, measure
-from iwm_ray.finetuning.model import Asking, Tuned, assemble, seeded, weights_hash
-from iwm_ray.finetuning.settings import FinetuneConfig
-from iwm_ray.model.iwm import IWM
+from iwm_ray.finetuning.fit import Fitted
+from iwm_ray.finetuning.model import Asking, Tuned, assemble, weights_hash
+from iwm_ray.finetuning.settings import FinetuneConfig, TuningConfig
+from iwm_ray.finetuning.tuning import Tuning, tokens_fit
 from iwm_ray.run_directory import write_json
 from iwm_ray.trained import Trained
 from iwm_ray.training.loop import autocast
 
-Extract = Callable[[RunEncoder, ImageRows], Features]
-"""the tokens `[k n d]` of a frozen encoder for the readable images of some rows"""
-Say = Callable[[Arm, int, int, int, float], None]
-"""arm, steps done, steps of the arm, images done, loss"""
-
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Tuning):
     """A finetuning, resolved."""
 
-    trained: Trained
     config: FinetuneConfig
     tasks: dict[str, Task]
-    folder: Path
-    """RUN/finetune/NAME"""
-    device: torch.device
     extract: Extract = encode
     """how cached tokens are made: `encode` in this process, or what the runtime offers"""
     _tokens: dict[str, Features] = field(default_factory=dict)
@@ -67,25 +59,28 @@ class Experiment:
         """
         cache = cache_of(trained, config)
         tasks = {task.name: task for task in open_tasks(config, trained.config, cache)}
-        if config.runtime.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("runtime.device cuda: torch sees no GPU here; use auto or cpu")
-        kind = config.runtime.device
-        if kind == "auto":
-            kind = "cuda" if torch.cuda.is_available() else "cpu"
         folder = output or trained.run.path / "finetune" / _name(trained, config, tasks)
-        experiment = cls(trained, config, tasks, folder.absolute(), torch.device(kind), extract)
+        experiment = cls(trained, config, folder.absolute(), tasks, extract)
+        experiment.check_batch(config.head == "linear")
         experiment._refuse_other()
         return experiment
 
+    @property
+    def name(self) -> str:
+        return _name(self.trained, self.config, self.tasks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tokens stay here: who gets a copy maps them himself."""
+        return self.__dict__ | {"_tokens": {}}
+
     def start(self) -> None:
         """Records the configuration in the folder."""
-        record = {"name": _name(self.trained, self.config, self.tasks)} | self.config.model_dump(mode="json")
-        write_json(self.folder / "config.json", record)
+        write_json(self.folder / "config.json", {"name": self.name} | self.config.model_dump(mode="json"))
 
     def _refuse_other(self) -> None:
         """Raises UsageError where the folder holds the arms of another finetuning."""
-        path, name = self.folder / "config.json", _name(self.trained, self.config, self.tasks)
-        if path.exists() and json.loads(path.read_text()).get("name") != name:
+        path = self.folder / "config.json"
+        if path.exists() and json.loads(path.read_text()).get("name") != self.name:
             raise UsageError(
                 f"--output {self.folder}: holds a finetuning with another checkpoint, data or settings; choose another "
                 "--output"
@@ -95,40 +90,34 @@ class Experiment:
     def families(self) -> list[Family]:
         return list(families(self.config, tuple(self.tasks)))
 
+    @property
+    def batch_size(self) -> int:
+        return min(self.config.batch_size, *(self._num_train(task) for task in self.tasks.values()))
+
+    def _num_train(self, task: Task) -> int:
+        """Images that every arm can train on: those that choose a rate leave out the held-out ones."""
+        held = task.num_held_out(self.config.data.held_out) if len(self.config.lr_grid) > 1 else 0
+        return len(task.train) - held
+
     def num_steps(self, tasks: tuple[str, ...]) -> list[int]:
         """Optimizer steps of each of these tasks: the same in company and alone."""
         config, own = self.config, []
         for task in self.tasks.values():
-            size = min(config.batch_size, len(task.train))
-            own.append(config.steps or max(1, round(config.epochs * (len(task.train) // size))))
+            an_epoch = len(task.train) // self.batch_size
+            own.append(config.steps or max(1, round(config.epochs * an_epoch)))
         if config.data.weights:
             shares = np.array(config.data.weights) / sum(config.data.weights)
             own = [max(1, round(share * sum(own))) for share in shares]
         by_name = dict(zip(self.tasks, own, strict=True))
         return [by_name[name] for name in tasks]
 
-    def num_images(self, arm: Arm) -> int:
-        """Images that an arm trains on, counted as often as they are seen."""
-        sizes = [min(self.config.batch_size, len(self.tasks[name].train)) for name in arm.tasks]
-        return sum(steps * size for steps, size in zip(self.num_steps(arm.tasks), sizes, strict=True))
+    def num_steps_of(self, arm: Arm) -> int:
+        return sum(self.num_steps(arm.tasks))
 
-    def planned(self) -> list[Arm]:
-        """Every arm that a fresh run trains; rates that are still to be chosen stand as the first of the grid."""
-        arms: list[Arm] = []
-        for family in self.families:
-            arms += choices(self.config, family)
-            arms += finals(self.config, family, default_lr(self.config))
-        return arms
-
-    def run(self, say: Say) -> dict[Arm, ArmResult]:
-        """Trains and measures all arms that are not finished; gives the results of those judged on the test set."""
-        model = self.trained.load()
-        results: dict[Arm, ArmResult] = {}
-        for family in self.families:
-            lr = self._choose(model, family, say)
-            for arm in finals(self.config, family, lr):
-                results[arm] = self.finished(arm) or self._run_arm(model, arm, say)
-        return results
+    def results(self) -> dict[Arm, ArmResult]:
+        """Of all arms that are judged on the test set, once they are finished."""
+        found = {arm: self.finished(arm) for arm in self.finals()}
+        return {arm: result for arm, result in found.items() if result is not None}
 
     def finished(self, arm: Arm) -> ArmResult | None:
         """An arm's result, if it has been run and its adapter, where one is due, is there."""
@@ -136,69 +125,72 @@ class Experiment:
             return None
         return read_result(self.folder / "arms", arm)
 
-    def _choose(self, model: IWM, family: Family, say: Say) -> float:
-        """The rate with the best accuracy on held-out training images; the first of equals."""
-        candidates = choices(self.config, family)
-        if not candidates:
-            return default_lr(self.config)
-        scores = []
-        for arm in candidates:
-            result = self.finished(arm) or self._run_arm(model, arm, say)
-            scores.append(float(np.mean([result.rights(task).mean() for task in arm.tasks])))
-        return candidates[int(np.argmax(scores))].lr
+    def is_finished(self, arm: Arm) -> bool:
+        return self.finished(arm) is not None
 
-    def _run_arm(self, model: IWM, arm: Arm, say: Say) -> ArmResult:
-        config, names = self.config, arm.tasks
-        tuned = assemble(
-            self.trained,
-            model,
-            config,
-            arm.tune,
-            arm.start,
-            {name: len(self.tasks[name].class_names) for name in names},
-            arm.seed,
+    def score(self, arm: Arm) -> float:
+        """Accuracy, the mean over the tasks."""
+        result = self.finished(arm)
+        assert result is not None
+        return float(np.mean([result.rights(task).mean() for task in arm.tasks]))
+
+    def assemble(self, arm: Arm) -> Tuned:
+        counts = {name: len(self.tasks[name].class_names) for name in arm.tasks}
+        model = self.trained.load()
+        return assemble(self.trained, model, self.config, arm.tune, arm.start, counts, arm.seed)
+
+    def objective(self, arm: Arm) -> ClassObjective:
+        counts = tuple(len(self.tasks[name].class_names) for name in arm.tasks)
+        schedule = alternate(self.num_steps(arm.tasks))
+        return ClassObjective(
+            arm.tasks, counts, schedule, self.batch_size, self.asking, self.config, arm.seed
         )
-        before, head_hash = weights_hash(tuned.encoder), weights_hash(tuned.heads)
-        tuned.to(self.device)
-        cached = arm.tune == "predictor" and self._keeps_tokens()
-        train, judged = self._splits(arm, cached)
-        schedule = alternate(self.num_steps(names))
-        steps = Steps(tuple(train), schedule, config.batch_size, arm.seed)
-        with seeded(arm.seed, "fit", 0):  # drop path draws
-            fitted = fit(
-                tuned,
-                names,
-                steps.batches(0 if cached else config.runtime.data_workers),
-                len(schedule),
-                config,
-                arm.start,
-                arm.lr,
-                self._asking(tuned),
-                arm.seed,
-                lambda done, images, loss: say(arm, done, len(schedule), images, loss),
-                self._cast,
-            )
+
+    def rows(self, arm: Arm) -> Steps:
+        train, _ = self._splits(arm)
+        schedule = alternate(self.num_steps(arm.tasks))
+        mixes = self.config.augment.mixes and not self.has_tokens(arm)
+        return Steps(tuple(train), schedule, self.batch_size, arm.seed, mixes)
+
+    def has_tokens(self, arm: Arm) -> bool:
+        return arm.tune == "predictor" and self._keeps_tokens()
+
+    def prepare(self, arms: Sequence[Arm]) -> None:
+        """Has the tokens extracted that these arms need."""
+        for arm in arms:
+            if self.has_tokens(arm):
+                self._splits(arm)
+
+    def judge(self, arm: Arm, tuned: Tuned, fitted: Fitted) -> None:
+        """Writes which images are classified rightly and, for the first seed of no control, the adapter."""
+        before, names = self.assemble(arm), arm.tasks
+        _, judged = self._splits(arm)
+        device, size = model_device(tuned), 2 * self.config.batch_size
+
+        def cast() -> AbstractContextManager:
+            return autocast(self.config.runtime, device)
+
         correct = {
-            name: measure(tuned, name, rows, self._asking(tuned), 2 * config.batch_size, self._cast)
-            for name, rows in zip(names, judged, strict=True)
+            name: measure(tuned, name, split, self.asking, size, cast)
+            for name, split in zip(names, judged, strict=True)
         }
         result = ArmResult(
             correct={name: "".join("01"[int(right)] for right in rights) for name, rights in correct.items()},
-            steps=len(schedule),
+            steps=self.num_steps_of(arm),
             num_images=fitted.num_images,
             loss=fitted.loss,
             trained_parameters=tuned.num_trained,
             images_per_second=fitted.num_images / fitted.seconds,
             peak_memory=fitted.peak_memory,
-            inputs="tokens" if cached else "images",
+            inputs="tokens" if self.has_tokens(arm) else "images",
             encoder_hash=weights_hash(tuned.encoder),
-            head_hash=head_hash,
+            head_hash=weights_hash(before.heads),
         )
         if self._has_adapter(arm):
             class_names = {name: self.tasks[name].class_names for name in names}
-            adapter.save(self.adapter(arm), tuned, self.trained, config, class_names, before)
+            encoder_hash = weights_hash(before.encoder)
+            adapter.save(self.adapter(arm), tuned, self.trained, self.config, class_names, encoder_hash)
         write_result(self.folder / "arms", arm, result)
-        return result
 
     def _has_adapter(self, arm: Arm) -> bool:
         """Whether the tuned network is kept: that of the first seed, and of no control."""
@@ -208,16 +200,16 @@ class Experiment:
         """Where the arm's adapter is kept."""
         return self.folder / "adapters" / arm.name
 
-    def _splits(self, arm: Arm, cached: bool) -> tuple[list[Rows], list[Rows]]:
+    def _splits(self, arm: Arm) -> tuple[list[Split], list[Split]]:
         """What the arm trains on and what it is judged on, for each of its tasks."""
-        train: list[Rows] = []
-        judged: list[Rows] = []
+        train: list[Split] = []
+        judged: list[Split] = []
         for name in arm.tasks:
             task, count = self.tasks[name], len(self.tasks[name].train)
             kept = count - task.num_held_out(self.config.data.held_out) if arm.is_choice else count
             training = task.train.part(0, kept)
             measured = task.train.part(kept, count) if arm.is_choice else task.test
-            if cached:
+            if self.has_tokens(arm):
                 train.append(self._cached(task.train, training, self.config.augment.flip_probability))
                 judged.append(self._cached(task.train if arm.is_choice else task.test, measured, 0.0))
             else:
@@ -226,16 +218,15 @@ class Experiment:
         return train, judged
 
     def _keeps_tokens(self) -> bool:
-        """Whether all tokens fit into the memory meant for them."""
-        run, config = self.trained.config, self.config
+        """Whether tokens can be computed once, and fit on the disk that is meant for them."""
+        config = self.config
         if not config.augment.keeps_tokens:
             return False
         copies = 2 if config.augment.flip_probability else 1
         images = sum(copies * len(task.train) + len(task.test) for task in self.tasks.values())
         with torch.device("meta"):
-            width = self.trained.untrained().encoder.width
-        num_bytes = images * run.grid[0] * run.grid[1] * width * 4
-        return num_bytes <= config.runtime.token_gigabytes * 1e9
+            encoder = self.trained.untrained().encoder
+        return tokens_fit(encoder, images, config.runtime)
 
     def _cached(self, whole: ImageRows, part: ImageRows, flip_probability: float) -> TokenRows:
         """Tokens of some rows of a split whose tokens are extracted whole, once."""
@@ -251,16 +242,15 @@ class Experiment:
             self._tokens[name] = self.extract(encoder, rows)
         return self._tokens[name]
 
-    def _asking(self, tuned: Tuned) -> Asking:
-        rows, columns = tuned.encoder.grid
-        config = self.config
-        return Asking(self.trained.policy, rows * columns, config.action == "random", config.target_fraction)
+    @property
+    def asking(self) -> Asking:
+        """What predictors are asked for."""
+        run, config = self.trained.config, self.config
+        positions = run.grid[0] * run.grid[1]
+        return Asking(self.trained.policy, positions, config.action == "random", config.target_fraction)
 
-    def _cast(self) -> AbstractContextManager:
-        return autocast(RuntimeConfig(precision=self.config.runtime.precision), self.device)
 
-
-def cache_of(trained: Trained, config: FinetuneConfig) -> Path:
+def cache_of(trained: Trained, config: TuningConfig) -> Path:
     """Where data indices and tokens are kept: as the run did, unless told otherwise."""
     given = config.runtime.cache
     return Path(given).expanduser().absolute() if given else cache_folder(trained.config)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from timm.layers import DropPath
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from iwm_ray.config import PredictorConfig
@@ -18,7 +18,7 @@ from iwm_ray.model.encoder import Encoder
 from iwm_ray.model.heads import AttentiveHead, LinearHead
 from iwm_ray.model.iwm import IWM
 from iwm_ray.model.predictor import Predictor
-from iwm_ray.randomness import integers
+from iwm_ray.randomness import integers, uniforms
 from iwm_ray.trained import Trained
 from iwm_ray.training.optimizer import is_decayed
 from iwm_ray.views.policy import ViewPolicy
@@ -96,6 +96,14 @@ class Tuned(nn.Module):
             self.encoder.eval()
         return self
 
+    def own_state(self) -> dict[str, Tensor]:
+        """What is not the run's: all tensors but those of an encoder that stays as it is."""
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not (self.is_frozen and name.startswith("encoder."))
+        }
+
     @property
     def num_trained(self) -> int:
         """Trained parameters."""
@@ -129,22 +137,32 @@ class Asking:
     fraction: float = 1.0
     """share of the positions that are asked for"""
 
-    def query(self, count: int, seed: int, step: int, device: torch.device) -> Query:
-        """The query for `count` images; its draws are keyed by seed and step."""
+    def query(self, places: int | NDArray[np.int64], seed: int, step: int, device: torch.device) -> Query:
+        """The query for some images; its draws are keyed by seed, step and place.
+
+        Args:
+            places: `[b]`, of the images in the batch; a number: that of the images, which are the whole batch.
+            seed: of the draws.
+            step: of the training, or any other number.
+            device: where the query is to lie.
+        """
+        places = np.arange(places) if isinstance(places, int) else places
+        count = len(places)
         action = torch.zeros(count, self.policy.action_dim)
         if self.is_random:
             sides = np.full(count, 64)  # only the crop depends on it, and no crop is made
-            draws = self.policy.draw(seed, np.full(count, step), np.arange(count), sides, sides)
+            draws = self.policy.draw(seed, np.full(count, step), places, sides, sides)
             action = torch.from_numpy(self.policy.encode(draws))
-        return Query(action.to(device), self._positions(count, seed, step, device))
+        return Query(action.to(device), self._positions(places, seed, step, device))
 
-    def _positions(self, count: int, seed: int, step: int, device: torch.device) -> Tensor | None:
+    def _positions(
+        self, places: NDArray[np.int64], seed: int, step: int, device: torch.device
+    ) -> Tensor | None:
         chosen = max(1, round(self.fraction * self.num_positions))
         if chosen == self.num_positions:
             return None
-        generator = torch.Generator().manual_seed(_key(seed, "positions", step))
-        order = torch.rand(count, self.num_positions, generator=generator).argsort(1)
-        return order[:, :chosen].sort(1).values.to(device)
+        order = uniforms(seed, step, places, "positions", self.num_positions).argsort(1)
+        return torch.from_numpy(np.sort(order[:, :chosen], axis=1)).to(device)
 
 
 def assemble(
@@ -170,7 +188,7 @@ def assemble(
     encoder = deepcopy(model.target_encoder if config.encoder == "target" else model.encoder)
     predictor = None
     if start == "pretrained":
-        predictor = deepcopy(model.predictor)
+        predictor = pretrained_predictor(trained, model, encoder, seed)
     elif start == "random":
         predictor = random_predictor(trained, encoder, seed)
     heads: dict[str, nn.Module] = {}
@@ -186,6 +204,18 @@ def assemble(
     if tune != "predictor":
         set_drop_path(encoder, config.drop_path)
     return tuned
+
+
+def pretrained_predictor(trained: Trained, model: IWM, encoder: Encoder, seed: int) -> Predictor:
+    """A copy of the run's predictor, from tokens to tokens.
+
+    One that gives pixels (MAE's decoder) gets the control's projection instead of its own: pixels are no representation,
+    and heads read tokens of the encoder's width, whatever the pretraining was.
+    """
+    predictor = deepcopy(model.predictor)
+    if predictor.target == "pixels":
+        predictor.unembed = random_predictor(trained, encoder, seed).unembed
+    return predictor
 
 
 def random_predictor(trained: Trained, encoder: Encoder, seed: int) -> Predictor:
@@ -229,6 +259,33 @@ def set_drop_path(encoder: Encoder, rate: float) -> None:
         block.drop_path2 = DropPath(share) if share else nn.Identity()
 
 
+class DropPath(nn.Module):
+    """Leaves out a residual branch for some images, as `draw_paths` says.
+
+    Args:
+        rate: share of the images.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.kept = torch.ones(0)
+        """`[b]` 1 / (1 - rate) where the branch stays, else 0"""
+
+    def forward(self, branch: Tensor) -> Tensor:
+        return branch * self.kept.to(branch.dtype)[:, None, None] if self.training else branch
+
+
+def draw_paths(tuned: Tuned, seed: int, step: int, places: NDArray[np.int64], device: torch.device) -> None:
+    """Draws for every image which branches stay in a step; the draws are keyed by seed, step and place in the batch."""
+    paths = [module for module in tuned.modules() if isinstance(module, DropPath)]
+    if not paths:
+        return
+    drawn = torch.from_numpy(uniforms(seed, step, places, "drop path", len(paths))).to(device)
+    for number, path in enumerate(paths):
+        path.kept = (drawn[:, number] >= path.rate).float() / (1 - path.rate)
+
+
 class Rates(Protocol):
     """What decides the learning rates and weight decays of a network's parts; see FinetuneConfig."""
 
@@ -255,7 +312,7 @@ def parameter_groups(tuned: Tuned, config: Rates, start: Start) -> list[dict[str
         scale = 1.0
         if name.startswith("encoder."):
             scale = config.pretrained_lr_factor * config.layer_decay ** _height_above(tuned.encoder, name)
-        elif name.startswith("predictor.") and start == "pretrained":
+        elif name.startswith("predictor.") and start == "pretrained" and not _is_new(tuned, name):
             scale = config.pretrained_lr_factor
         is_token = name.startswith("task_tokens.") or name.endswith("query")
         decay = config.weight_decay if is_decayed(name, parameter) and not is_token else 0.0
@@ -264,6 +321,12 @@ def parameter_groups(tuned: Tuned, config: Rates, start: Start) -> list[dict[str
         {"params": parameters, "scale": scale, "weight_decay": decay, "lr": 0.0}
         for (scale, decay), parameters in groups.items()
     ]
+
+
+def _is_new(tuned: Tuned, name: str) -> bool:
+    """Whether a parameter of a pretrained predictor starts at random (see pretrained_predictor)."""
+    assert tuned.predictor is not None
+    return tuned.predictor.target == "pixels" and name.startswith("predictor.unembed.")
 
 
 def _height_above(encoder: Encoder, name: str) -> int:

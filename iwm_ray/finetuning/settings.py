@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from iwm_ray.config import Fraction, Positive, _Part, refuse_credentials
+from iwm_ray.config import Fraction, Positive, RuntimeConfig, _Part, flat, refuse_credentials
 
 Tune = Literal["predictor", "encoder", "both"]
 
@@ -54,67 +54,49 @@ class AugmentConfig(_Part):
     """alpha of cutmix; 0: none; with both, each batch draws one of them"""
 
     @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with one another."""
+        return bool(self.mixup or self.cutmix)
+
+    @property
     def keeps_tokens(self) -> bool:
         """Whether the tokens of a frozen encoder can be computed once."""
-        return self.crop_area == 1 and not (self.randaugment or self.mixup or self.cutmix)
+        return self.crop_area == 1 and not (self.randaugment or self.mixes)
 
 
-class TuningRuntimeConfig(_Part):
+class TuningRuntimeConfig(RuntimeConfig):
     """Where and how fast: nothing here changes results beyond floating-point rounding."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on GPUs, fp32 on CPUs"""
-    cache: str = ""
-    """folder of the data indices; empty: that of the run"""
-
-
-class FinetuneRuntimeConfig(TuningRuntimeConfig):
-    """Where and how fast: nothing here changes results beyond floating-point rounding."""
-
+    engine: Literal["ray", "local"] = "local"
+    """ray: Ray Data and Ray Train; local: the same loop in this process, without Ray"""
+    arms: Literal["turns", "tune"] = "turns"
+    """turns: one training after the other; tune: as Ray Tune trials, as many at once as the cluster holds"""
     data_workers: NonNegativeInt = 0
-    """processes that decode and augment images; 0: this process does"""
+    """engine local: processes that decode and augment images; 0: this process does"""
+    cache: str = ""
+    """folder of data indices and tokens; empty: that of the run. On several nodes: on shared storage"""
     token_gigabytes: NonNegativeFloat = 4.0
-    """memory for the tokens of frozen encoders; what would need more is encoded anew at every step"""
+    """disk for the tokens of frozen encoders; what would need more is encoded anew at every step"""
+
+
+class TuningTrackingConfig(_Part):
+    """Where metrics go besides the files."""
+
+    uri: str = ""
+    """MLflow server or store; empty: that of the run; `none`: no MLflow"""
 
 
 class TuningConfig(_Part):
-    """What every tuning has: ways and repetitions, each of them once."""
+    """What every tuning has: ways and repetitions, each of them once, and rates."""
 
     tune: tuple[Tune, ...] = ("predictor",)
     """what is trained besides the head; several are run one after the other and compared"""
     seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
     """each is one repetition: head, random predictor and order of the data"""
-
-    @model_validator(mode="after")
-    def _lists_hold_something_once(self) -> Self:
-        for name in ("tune", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(
-                    f"{name} {' '.join(map(str, values)) or '(empty)'}: give each value once, at least one"
-                )
-        return self
-
-
-class FinetuneConfig(TuningConfig):
-    """A finetuning of one trained model."""
-
-    head: Literal["attentive", "linear"] = "attentive"
-    """from tokens to classes"""
     encoder: Literal["target", "context"] = "target"
     """which encoder reads the images: the paper's teacher or student"""
-    action: Literal["null", "random"] = "null"
-    """what the predictor is told: the zero action, or one of pretraining, drawn for every image"""
-    target_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """share of the positions that the predictor predicts; below 1: a random subset for every image"""
-    epochs: Positive = 20
-    """passes over each training set"""
-    steps: NonNegativeInt = 0
-    """optimizer steps for each data set; 0: from epochs"""
     batch_size: PositiveInt = 128
-    """images a step"""
+    """images a step, over all workers; fewer where the training set has fewer"""
     lr: Positive = 1e-3
     """peak learning rate of what starts at random: heads, task tokens, the control's predictor"""
     lr_grid: tuple[Positive, ...] = ()
@@ -127,17 +109,52 @@ class FinetuneConfig(TuningConfig):
     """of AdamW; none on biases and other one-dimensional parameters"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
     """factor of the learning rate from each encoder block to the one below it"""
+    clip_grad_norm: NonNegativeFloat = 1.0
+    """gradients of a larger norm are scaled down to it; 0: never"""
+    runtime: TuningRuntimeConfig = TuningRuntimeConfig()
+    tracking: TuningTrackingConfig = TuningTrackingConfig()
+
+    @model_validator(mode="after")
+    def _lists_hold_something_once(self) -> Self:
+        for name in ("tune", "seeds", "lr_grid"):
+            values = getattr(self, name)
+            if (not values and name != "lr_grid") or len(set(values)) < len(values):
+                raise ValueError(
+                    f"{name} {' '.join(map(str, values)) or '(empty)'}: give each value once, at least one"
+                )
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted name -> value, as MLflow params use them."""
+        return flat(self.model_dump(mode="json"))
+
+    @property
+    def default_lr(self) -> float:
+        """The rate where nothing is to be chosen."""
+        return self.lr_grid[0] if self.lr_grid else self.lr
+
+
+class FinetuneConfig(TuningConfig):
+    """A finetuning of one trained model."""
+
+    head: Literal["attentive", "linear"] = "attentive"
+    """from tokens to classes"""
+    action: Literal["null", "random"] = "null"
+    """what the predictor is told: the zero action, or one of pretraining, drawn for every image"""
+    target_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """share of the positions that the predictor predicts; below 1: a random subset for every image"""
+    epochs: Positive = 20
+    """passes over each training set"""
+    steps: NonNegativeInt = 0
+    """optimizer steps for each data set; 0: from epochs"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """stochastic depth of the encoder's last block, where the encoder is trained; it falls linearly to 0 at the first"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of a label that is spread over all classes"""
-    clip_grad_norm: NonNegativeFloat = 1.0
-    """gradients of a larger norm are scaled down to it; 0: never"""
     single_tasks: bool = True
     """with several data sets: tune for each of them alone too, with the same number of its batches"""
     data: FinetuneDataConfig = FinetuneDataConfig()
     augment: AugmentConfig = AugmentConfig()
-    runtime: FinetuneRuntimeConfig = FinetuneRuntimeConfig()
 
     @model_validator(mode="after")
     def _weights_fit_the_data(self) -> Self:
@@ -155,7 +172,7 @@ class FinetuneConfig(TuningConfig):
             parts: what else decides it: weights and images.
         """
         tree = self.model_dump(
-            mode="json", exclude={"runtime", "tune", "seeds", "lr", "lr_grid", "single_tasks"}
+            mode="json", exclude={"runtime", "tracking", "tune", "seeds", "lr", "lr_grid", "single_tasks"}
         )
         tree["data"] = {
             name: value for name, value in tree["data"].items() if name not in ("path", "test_path")

@@ -55,13 +55,20 @@ class Encoder(nn.Module):
         Returns:
             `[b n d]` tokens after the final norm; n is c, or the size of the grid.
         """
-        patches, positions = self._patches(images), self.vit.pos_embed
-        if idx is not None:
-            patches, positions = take(patches, idx), positions[0, idx]
+        positions = self.vit.pos_embed if idx is None else self.vit.pos_embed[0, idx]
         projection = self.vit.patch_embed.proj
-        tokens = F.linear(self._normalize(patches), projection.weight.flatten(1), projection.bias)
+        tokens = F.linear(self.pixels(images, idx), projection.weight.flatten(1), projection.bias)
         tokens = self.vit.norm_pre(self.vit.patch_embed.norm(tokens) + positions)
         return self.vit.norm(self.vit.blocks(tokens))
+
+    def pixels(self, images: Tensor, idx: Tensor | None = None) -> Tensor:
+        """The patches as they are embedded; arguments as of `forward`.
+
+        Returns:
+            `[b n 3*p*p]` pixels, channel by channel, normalised by ImageNet's mean and standard deviation.
+        """
+        patches = self._patches(images)
+        return self._normalize(patches if idx is None else take(patches, idx))
 
     def _patches(self, images: Tensor) -> Tensor:
         """`[b 3 h w]` -> `[b n 3*p*p]`, pixels in the order of the convolution's weight."""

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor, nn
 
+from iwm_ray.model.batch_norm import BatchNorm
+
 
 class LinearHead(nn.Module):
     """Mean over the tokens, batch normalisation without affine, one linear layer.
@@ -13,7 +15,7 @@ class LinearHead(nn.Module):
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.norm = BatchNorm(width, affine=False, eps=1e-6)
         self.classify = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.classify.weight, std=0.01)
         nn.init.zeros_(self.classify.bias)

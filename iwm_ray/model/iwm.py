@@ -1,4 +1,8 @@
-"""The Image World Model: context encoder, target encoder, predictor and the loss (IWM, section 3)."""
+"""The Image World Model: context encoder, target encoder, predictor and the loss (IWM, section 3).
+
+With `predictor.target pixels` it is a masked autoencoder (MAE: He et al., arXiv 2111.06377): the predictor is the
+decoder, and the target encoder, a moving average that MAE does not have, is only what is measured and finetuned.
+"""
 
 from copy import deepcopy
 from typing import Literal, NamedTuple
@@ -32,7 +36,7 @@ class IWM(nn.Module):
     Args:
         encoder: the context encoder.
         predictor: the world model.
-        config: whether targets are layer-normed, and which loss.
+        config: what the targets are, whether they are layer-normed, and which loss.
     """
 
     def __init__(self, encoder: Encoder, predictor: Predictor, config: PredictorConfig) -> None:
@@ -44,9 +48,7 @@ class IWM(nn.Module):
 
     def forward(self, batch: Batch) -> StepOutput:
         """The training loss: mean over samples, positions and channels (IWM, section 3.2)."""
-        with torch.no_grad():
-            tokens = take(self.target_encoder(batch.target), batch.target_idx)
-            target = self._normalize_targets(tokens)
+        target = self.targets(batch.target, batch.target_idx)
         context = self.encoder(batch.source, batch.context_idx)
         prediction = self.predictor(context, batch.context_idx, batch.target_idx, batch.action)
         sample_loss = self._distance(prediction.float(), target.float()).mean(dim=(1, 2))
@@ -54,8 +56,19 @@ class IWM(nn.Module):
         return StepOutput((batch.weight * sample_loss).mean(), sample_loss.detach())
 
     @torch.no_grad()
+    def targets(self, images: Tensor, idx: Tensor) -> Tensor:
+        """`[b 3 h w]` target views and `[b t]` positions -> `[b t d]`: what the predictor is trained to predict there.
+
+        Pixels are those of the patch as the encoder embeds them (MAE, section 3: "reconstruction target").
+        Differs: layer norm has the biased variance and an eps of 1e-5, MAE's code the unbiased one and 1e-6.
+        """
+        if self.config.target == "pixels":
+            return self._normalize_targets(self.encoder.pixels(images, idx))
+        return self._normalize_targets(take(self.target_encoder(images), idx))
+
+    @torch.no_grad()
     def target_tokens(self, images: Tensor) -> Tensor:
-        """`[b 3 h w]` -> `[b n d]`: what the predictor is trained to predict, at every position."""
+        """`[b 3 h w]` -> `[b n d]`: the target encoder's representation; what IWM's predictor is trained to predict."""
         return self._normalize_targets(self.target_encoder(images))
 
     def predict(
@@ -74,7 +87,7 @@ class IWM(nn.Module):
             idx: `[b c]` int64, the patches that it sees; None: all.
 
         Returns:
-            `[b n d]`, in the space of `target_tokens`.
+            `[b n d]`, in the space of `targets`.
         """
         reader = self.encoder if encoder == "context" else self.target_encoder
         rows, columns = reader.grid
@@ -120,7 +133,13 @@ def build_model(config: Config, action_dim: int) -> IWM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(integers(config.seed, 0, "weights", 1)[0] >> 1))
         encoder = Encoder(config.encoder, config.views.image_size)
+        patch_values = 3 * config.encoder.patch_size**2
         predictor = Predictor(
-            config.predictor, encoder.width, config.predictor_heads, encoder.grid, action_dim
+            config.predictor,
+            encoder.width,
+            config.predictor_heads,
+            encoder.grid,
+            action_dim,
+            patch_values if config.predictor.target == "pixels" else encoder.width,
         )
         return IWM(encoder, predictor, config.predictor)

@@ -19,10 +19,11 @@ class Predictor(nn.Module):
 
     Args:
         config: depth, width and conditioning.
-        encoder_width: width of the tokens that come in and go out.
+        encoder_width: width of the tokens that come in.
         num_heads: attention heads; they must divide the width.
         grid: (rows, columns) of patches.
         action_dim: length of the action.
+        target_width: width of the tokens that go out; None: as those that come in.
 
     Raises:
         UsageError: the width does not fit, or the conditioning lacks an action.
@@ -35,8 +36,10 @@ class Predictor(nn.Module):
         num_heads: int,
         grid: tuple[int, int],
         action_dim: int,
+        target_width: int | None = None,
     ) -> None:
         super().__init__()
+        self.target = config.target
         check_token_width("predictor", config.width, num_heads)
         block = AdaLNBlock if config.conditioning == "adaln" else PredictorBlock
         self.embed = nn.Linear(encoder_width, config.width)
@@ -46,7 +49,7 @@ class Predictor(nn.Module):
             block(config.width, num_heads, qkv_bias=True) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self.unembed = nn.Linear(config.width, encoder_width)
+        self.unembed = nn.Linear(config.width, target_width or encoder_width)
         self._initialize()
         self.conditioning = make_conditioning(config.conditioning, action_dim, config.width)
 
@@ -68,7 +71,7 @@ class Predictor(nn.Module):
             task_tokens: `[b k w]`, in the predictor's width, stand before all others (multi-task finetuning).
 
         Returns:
-            `[b t d]` predictions in the (layer-normed) space of the target tokens.
+            `[b t d]` predictions in the (layer-normed) space of the targets.
         """
         context = self.embed(context) + self.positions[context_idx]
         mask_tokens = self.conditioning.mask_tokens(self.mask_token + self.positions[target_idx], action)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor, nn
 
+from iwm_ray.model.batch_norm import BatchNorm
+
 _BINS = (1, 2, 3, 6)  # sides of the pyramid's grids (Zhao et al., arXiv 1612.01105)
 
 
@@ -13,7 +15,7 @@ class LinearSegmentation(nn.Module):
     def __init__(self, width: int, num_classes: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = grid
-        self.norm = nn.BatchNorm2d(width, affine=False, eps=1e-6)
+        self.norm = BatchNorm(width, affine=False, eps=1e-6)
         self.classify = nn.Conv2d(width, num_classes, 1)
         nn.init.trunc_normal_(self.classify.weight, std=0.01)
         assert self.classify.bias is not None
@@ -34,14 +36,14 @@ class PyramidSegmentation(nn.Module):
         super().__init__()
         self.grid = grid
         self.bins = tuple(size for size in _BINS if size <= min(grid))
-        self.norm = nn.BatchNorm2d(width, affine=False, eps=1e-6)
+        self.norm = BatchNorm(width, affine=False, eps=1e-6)
         self.narrow = nn.ModuleList(nn.Conv2d(width, channels, 1) for _ in self.bins)
         self.fuse = nn.Sequential(
             nn.Conv2d(width + len(self.bins) * channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
+            BatchNorm(channels),
             nn.GELU(),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
+            BatchNorm(channels),
             nn.GELU(),
         )
         self.classify = nn.Conv2d(channels, num_classes, 1)

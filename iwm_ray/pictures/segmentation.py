@@ -43,7 +43,7 @@ def class_colours(count: int) -> NDArray[np.uint8]:
 
 def segmentation_sheet(
     images: NDArray[np.uint8],
-    truth: NDArray[np.int64],
+    truth: NDArray[np.int64] | None,
     predicted: Mapping[str, NDArray[np.int64]],
     class_names: Sequence[str],
     title: str,
@@ -52,22 +52,17 @@ def segmentation_sheet(
 
     Args:
         images: `[k s s 3]`.
-        truth: `[k s s]` classes; values beyond the classes are ignored pixels, drawn white.
+        truth: `[k s s]` classes; values beyond the classes are ignored pixels, drawn white. None: nobody knows it.
         predicted: heading -> `[k s s]` classes.
         class_names: of the classes; the legend names those that are seen.
         title: above the rows.
     """
+    shown = ({} if truth is None else {"truth": truth}) | dict(predicted)
     columns = {"image": images} | {
-        heading: _coloured(classes, len(class_names))
-        for heading, classes in ({"truth": truth} | dict(predicted)).items()
+        heading: _coloured(classes, len(class_names)) for heading, classes in shown.items()
     }
     seen = sorted(
-        {
-            int(number)
-            for each in (truth, *predicted.values())
-            for number in np.unique(each)
-            if number < len(class_names)
-        }
+        {int(number) for each in shown.values() for number in np.unique(each) if number < len(class_names)}
     )
     width = max(6.5, _CELL * len(columns))
     names_a_line = max(1, min(len(seen), int(width / _NAME)))

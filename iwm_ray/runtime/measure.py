@@ -30,7 +30,7 @@ from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.encoders import LAST, FrozenEncoder, TokenModel
 from iwm_ray.evaluation.features import Features, digest, measuring
 from iwm_ray.training.loop import autocast, uses_bfloat16
-from iwm_ray.views.resize import CLEAN_VIEW, clean_view
+from iwm_ray.views.resize import CLEAN_VIEW
 
 Arrays = dict[str, NDArray[Any]]
 Work = Callable[[Any], Arrays]
@@ -245,7 +245,7 @@ class _Extraction:
             if isinstance(data, Undecodable):
                 return None
             with suppress(Undecodable):
-                return clean_view(decode(data, self.limits), self.encoder.image_size)
+                return self.encoder.view(decode(data, self.limits))
             return None
 
         with ThreadPoolExecutor(max(1, int(self.runtime.cpus_per_worker))) as threads:

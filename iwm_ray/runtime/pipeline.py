@@ -1,7 +1,7 @@
 """The stream of a run's samples as a Ray Data pipeline: places in the stream -> rows, made by tasks on CPU nodes.
 
 A run may have hundreds of millions of samples, and Ray wants to know all tasks of an execution before the first one
-runs. So the stream is cut into segments of a few thousand tasks; each time the dataset is iterated it gives the next
+runs. So the stream is cut into segments of a thousand tasks; each time the dataset is iterated it gives the next
 segment. The tasks of a segment start only as the trainer takes their rows.
 """
 
@@ -19,17 +19,15 @@ from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.annotations import RayDeprecationWarning
 
-from iwm_ray.config import Config
-from iwm_ray.feed import Feed
+from iwm_ray.config import RuntimeConfig
+from iwm_ray.feed import MAX_KEPT_ARRAY, Rows
 
-# glibc hands out arrays below 32 MiB from memory that it keeps; larger ones come from the system page by page.
-_BLOCK_BYTES = 30 * 2**20
-# Starting a task costs about as much as making two images, so a task makes several blocks where they are small.
-_TASK_BYTES = 2 * _BLOCK_BYTES
+# Starting a task costs about as much as making two images, so a task makes several blocks.
+_TASK_BYTES = 120 * 2**20
 # Ray cuts what a function yields where it exceeds a block's target size: one made for each block, a little smaller.
 _TARGET_SHARE = 0.9
 # Ray needs 0.3 ms to take note of a task, before the first one runs: few enough to start soon, enough for minutes.
-_TASKS_PER_SEGMENT = 2048
+_TASKS_PER_SEGMENT = 1024
 # A task whose process dies (a decoder that crashes, no memory) is tried again this often; Ray's default is for ever.
 _TASK_RETRIES = 3
 
@@ -50,11 +48,12 @@ class Layout:
     """steps of a segment, at most"""
 
     @classmethod
-    def of(cls, config: Config, feed: Feed, start: int, until: int) -> "Layout":
+    def of(cls, feed: Rows, batch_size: int, num_workers: int, start: int, until: int) -> "Layout":
         """Blocks and tasks of a good size for the rows of this feed."""
-        rows, size = block_rows(config, feed), config.optimizer.global_batch_size
+        rows = block_rows(feed, batch_size // num_workers)
         task_rows = rows * max(1, _TASK_BYTES // (rows * feed.row_bytes))
-        return cls(start, until, size, rows, task_rows, max(1, _TASKS_PER_SEGMENT * task_rows // size))
+        segment = max(1, _TASKS_PER_SEGMENT * task_rows // batch_size)
+        return cls(start, until, batch_size, rows, task_rows, segment)
 
     @property
     def num_segments(self) -> int:
@@ -68,14 +67,15 @@ class Layout:
         return [range(task, min(task + self.task_rows, last)) for task in range(first, last, self.task_rows)]
 
 
-def block_rows(config: Config, feed: Feed) -> int:
-    """Rows of a block: the largest divisor of a worker's batch that fits in 30 MiB. The splitter deals whole blocks to
-    the workers in turn, so global batch k gets the same samples for every worker count."""
-    size, most = config.worker_batch_size, max(1, _BLOCK_BYTES // feed.row_bytes)
+def block_rows(feed: Rows, size: int) -> int:
+    """Rows of a block: the largest divisor of a worker's batch whose columns fit in memory that is used again (feed.py).
+    The splitter deals whole blocks to the workers in turn, so global batch k gets the same samples for every worker
+    count."""
+    most = max(1, MAX_KEPT_ARRAY // feed.view_bytes)
     return max(rows for rows in range(1, min(size, most) + 1) if size % rows == 0)
 
 
-def stream(feed: Feed, layout: Layout) -> Dataset:
+def stream(feed: Rows, layout: Layout) -> Dataset:
     """The rows of the layout's steps in the order of the counters, the next segment at each iteration."""
     with DataContext.current(_context(layout.block_rows * feed.row_bytes)), warnings.catch_warnings():
         # Ray 2.60 deprecates the one way to say how often a task is tried again, and names no other.
@@ -87,16 +87,16 @@ def stream(feed: Feed, layout: Layout) -> Dataset:
         )
 
 
-def execution_options(config: Config) -> ExecutionOptions:
+def execution_options(runtime: RuntimeConfig) -> ExecutionOptions:
     """Order by counter, not by arrival; tasks on the nodes that `runtime.data_label` names."""
-    key, _, value = config.runtime.data_label.partition("=")
+    key, _, value = runtime.data_label.partition("=")
     return ExecutionOptions(preserve_order=True, label_selector={key: value} if key else None)
 
 
 class _Stream(Datasource):
     """Names a segment's tasks to Ray Data."""
 
-    def __init__(self, feed: Feed, layout: Layout) -> None:
+    def __init__(self, feed: Rows, layout: Layout) -> None:
         super().__init__()
         # Every task is pickled by itself: what all of them need is stored once.
         self._feed, self._row_bytes, self._layout = ray.put(feed), feed.row_bytes, layout
@@ -119,7 +119,7 @@ class _Stream(Datasource):
         return None
 
 
-def _blocks(shared: "ray.ObjectRef[Feed]", counters: range, block_rows: int) -> Iterator[Block]:
+def _blocks(shared: "ray.ObjectRef[Rows]", counters: range, block_rows: int) -> Iterator[Block]:
     feed = ray.get(shared)
     for first in range(counters.start, counters.stop, block_rows):
         columns = feed.rows(np.arange(first, min(first + block_rows, counters.stop)))
@@ -132,5 +132,8 @@ def _context(block_bytes: int) -> DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.actor_init_retry_on_errors = False
+    context.memory_usage_poll_interval_s = (
+        None  # each look at a task's memory takes as long as making some images
+    )
     context.target_max_block_size = int(block_bytes * _TARGET_SHARE)
     return context

@@ -41,7 +41,7 @@ def _state(parent: str, axes: Sequence[str], metrics: Sequence[str]) -> dict[str
         _column("tags", "iwm.health"),
     ]
     first, *others = metrics
-    lines = {"selectedParams": axes, "selectedMetrics": [*others, first]}  # the last one colours them
+    lines: dict[str, Any] = {"selectedParams": axes, "selectedMetrics": [*others, first]}  # the last one colours them
     charts = [_chart("parallel", "PARALLEL", showAllRuns=True, **lines)]
     charts += [
         _chart("scatter", "SCATTER", metric, xaxis=_axis(first), yaxis=_axis(metric)) for metric in others

@@ -46,7 +46,7 @@ _ALLOWED = "sqlite:///mlflow.db, http(s)://HOST:PORT, a postgresql or mysql URI,
 _METRICS_PER_REQUEST = 1000  # MLflow's limits
 _PARAMS_PER_REQUEST = 100
 _TAG_CHARACTERS = 8000
-_PARENT = "mlflow.parentRunId"
+_GROUP = "iwm.group"
 _AXIS = "iwm.axis."
 # A sweep's runs are compared in one table, which slows with every column and hides what matters. What a trial's run
 # leaves out stands in its metrics.jsonl and in its Parquet artifacts.
@@ -410,10 +410,17 @@ class _Sender:
     """Brings one MLflow run up to date with the run directory."""
 
     def __init__(
-        self, run: RunDirectory, config: Config, uri: str, name: str, tags: dict[str, str], ledger: _Ledger
+        self,
+        run: RunDirectory,
+        config: Config,
+        uri: str,
+        name: str,
+        tags: dict[str, str],
+        params: dict[str, Any],
+        ledger: _Ledger,
     ) -> None:
         self._run, self._config, self._uri = run, config, uri
-        self._name, self._tags, self._ledger = name, tags, ledger
+        self._name, self._tags, self._params, self._ledger = name, tags, params, ledger
         self._client: Any = None
         self._is_open = False
         self._system: _SystemMetrics | None = None
@@ -498,7 +505,7 @@ class _Sender:
         from mlflow.entities import Param, RunTag
         from mlflow.tracking.context.registry import resolve_tags
 
-        flat = {name: without_credentials(str(value)) for name, value in self._config.flat().items()}
+        flat = {name: without_credentials(str(value)) for name, value in self._params.items()}
         # Parallel coordinates and scatters take params, no tags.
         flat |= {name.removeprefix("iwm."): value for name, value in self._tags.items() if _AXIS in name}
         params = [Param(name, value) for name, value in flat.items() if name not in run.data.params]
@@ -619,8 +626,9 @@ class Tracker(NullTracker):
         run_dir: the run directory; it exists.
         config: gives the params, the experiment and the store.
         run_name: shown in MLflow's list of runs.
-        tags: more tags for the MLflow run. `mlflow.parentRunId` makes it a child, a trial of a sweep, which gets fewer
-            metrics; `iwm.axis.NAME` becomes the param `axis.NAME`.
+        tags: more tags for the MLflow run. `mlflow.parentRunId` makes it a child; `iwm.group` a trial of a sweep,
+            which gets fewer metrics; `iwm.axis.NAME` becomes the param `axis.NAME`.
+        params: of the MLflow run; None: those of `config`.
         say: receives one line when the store goes, comes back, or has not got everything at the end.
 
     Raises:
@@ -633,14 +641,16 @@ class Tracker(NullTracker):
         config: Config,
         run_name: str,
         tags: dict[str, str] | None = None,
+        params: dict[str, Any] | None = None,
         say: Say = say_on_stderr,
     ) -> None:
         run = RunDirectory(run_dir.absolute())
         self.uri = tracking_uri(config)
         self._shown, self._metrics, self._say = without_credentials(self.uri), run.metrics, say
         self._ledger = _Ledger(run.path / LEDGER_NAME, self._shown, say)
-        self._is_trial = self._ledger.record.is_trial or _PARENT in (tags or {})
-        self._sender = _Sender(run, config, self.uri, run_name, tags or {}, self._ledger)
+        self._is_trial = self._ledger.record.is_trial or _GROUP in (tags or {})
+        params = config.flat() if params is None else params
+        self._sender = _Sender(run, config, self.uri, run_name, tags or {}, params, self._ledger)
         self._closing, self._given_up = threading.Event(), threading.Event()
         self._is_down = False
         self._thread = threading.Thread(target=self._keep_sending, name="tracking", daemon=True)
@@ -763,7 +773,12 @@ class Tracker(NullTracker):
 
 
 def open_tracker(
-    run_dir: Path, config: Config, run_name: str, tags: dict[str, str] | None = None, say: Say = say_on_stderr
+    run_dir: Path,
+    config: Config,
+    run_name: str,
+    tags: dict[str, str] | None = None,
+    params: dict[str, Any] | None = None,
+    say: Say = say_on_stderr,
 ) -> NullTracker:
     """A `Tracker`, or one that does nothing where `tracking.uri` is `none`.
 
@@ -772,7 +787,7 @@ def open_tracker(
     """
     if tracking_uri(config) == "none":
         return NullTracker()
-    return Tracker(run_dir, config, run_name, tags, say)
+    return Tracker(run_dir, config, run_name, tags, params, say)
 
 
 @contextmanager

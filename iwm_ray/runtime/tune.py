@@ -22,7 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from iwm_ray.config import Config
-from iwm_ray.errors import UsageError
+from iwm_ray.errors import RunError, UsageError
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.runtime import cluster
 from iwm_ray.runtime.cluster import Asked, Node
@@ -227,6 +227,68 @@ def run_trials(
         tuner.fit()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_beside(
+    trials: Sequence[Callable[[], None]],
+    titles: Sequence[str],
+    room: Room,
+    *,
+    max_failures: int,
+) -> None:
+    """Runs functions as Tune trials, each at most `max_failures` + 1 times.
+
+    Args:
+        trials: what they do; each travels to the process that does it.
+        titles: their names, for a person.
+        room: see `make_room`; we are connected.
+        max_failures: attempts after the first, of those whose process dies.
+
+    Raises:
+        RunError: a trial failed; the others were run.
+    """
+
+    def trial(config: dict[str, Any], trials: Sequence[Callable[[], None]]) -> None:
+        trials[config["number"]]()
+
+    folder = tempfile.mkdtemp(prefix="iwm-tune-")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(trial, trials=list(trials)), room.resources),
+        param_space={"number": tune.grid_search(list(range(len(trials))))},
+        tune_config=TuneConfig(scheduler=FIFOScheduler(), max_concurrent_trials=room.at_once),
+        run_config=RunConfig(
+            name="trials",
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=[_Titles(titles)],
+            verbose=0,
+        ),
+    )
+    try:
+        failures = [str(error) for error in tuner.fit().errors]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if failures:
+        lines = [line.strip() for line in failures[0].splitlines() if line.strip()]
+        raise RunError(lines[-1] if lines else "a trial's process died")
+
+
+class _Titles(Callback):
+    """A line for each trial that ends."""
+
+    def __init__(self, titles: Sequence[str]) -> None:
+        self._titles, self._ended = titles, 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial, "done")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial, "failed")
+
+    def _end(self, trial: Any, how: str) -> None:
+        self._ended += 1
+        print(f"{self._ended}/{len(self._titles)} {self._titles[trial.config['number']]}: {how}", flush=True)
 
 
 class _Trial(tune.Trainable):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,9 @@ from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
 from iwm_ray.data.read import Reader
-from iwm_ray.errors import RunError, UsageError
+from iwm_ray.errors import UsageError
+from iwm_ray.evaluation.features import Features
+from iwm_ray.feed import Columns
 from iwm_ray.randomness import uniforms
 from iwm_ray.segmentation.settings import SegmentAugmentConfig, SegmentConfig
 from iwm_ray.views.resize import resize
@@ -84,39 +87,50 @@ class Pairs:
 
     def read(
         self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """Some pairs, cropped and mirrored by draws of that seed and epoch; unreadable images are left out.
+    ) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
+        """Some pairs, cropped and mirrored by draws of that seed and epoch.
 
         Returns:
-            `[b 3 s s]` uint8 images, `[b s s]` int64 classes (IGNORED: none), and which of the places they are.
+            `[b 3 s s]` uint8 images, `[b s s]` uint8 classes (IGNORED: none), and `[b]` whether the image can be
+            decoded: if not it is black, and all of its pixels are IGNORED.
         """
-        images, masks, kept = [], [], []
-        samples = self.samples[places]
+        samples, size = self.samples[places], self.size
+        images = np.zeros((len(places), size, size, 3), np.uint8)
+        masks = np.full((len(places), size, size), IGNORED, np.uint8)
+        readable = np.zeros(len(places), np.bool_)
         for i, data in enumerate(self._reader.read_many(samples)):
-            if isinstance(data, Undecodable):
-                continue
-            try:
+            with suppress(Undecodable):
+                if isinstance(data, Undecodable):
+                    raise data
                 image = decode(data, self.limits)
-            except Undecodable:
-                continue
-            mask = self.classes.lookup[read_mask(self.mask_path(int(samples[i])), image.shape[:2])]
-            draws = uniforms(seed, int(epochs[i]), samples[i : i + 1], "segment", 4)[0]
-            image, mask = cut(image, mask, self.size, self.augment, draws)
-            images.append(image)
-            masks.append(mask)
-            kept.append(i)
-        if not images:
-            raise RunError(
-                f"not one of {len(places)} images in turn could be decoded: {self.index.path(int(samples[0]))}, ..."
-            )
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-        return pixels, torch.from_numpy(np.stack(masks)).long(), kept
+                mask = self.classes.lookup[read_mask(self.mask_path(int(samples[i])), image.shape[:2])]
+                draws = uniforms(seed, int(epochs[i]), samples[i : i + 1], "segment", 4)[0]
+                images[i], masks[i] = cut(image, mask, size, self.augment, draws)
+                readable[i] = True
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(masks), readable
 
-    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Images and classes of a training step: a function of step and seed."""
-        size = min(batch_size, len(self))
-        plan, counters = Plan(seed, len(self), size), np.arange(step * size, (step + 1) * size)
-        return self.read(plan.samples(counters), plan.locate(counters)[0], seed)[:2]
+    def read_masks(
+        self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The masks alone, as `read` gives them where `crop_area` is 1.
+
+        Returns:
+            `[b s s]` classes, and `[b]` whether image and mask are mirrored.
+        """
+        masks = np.empty((len(places), self.size, self.size), np.uint8)
+        flipped = np.zeros(len(places), np.bool_)
+        for i, sample in enumerate(self.samples[places]):
+            mask = self.classes.lookup[read_mask(self.mask_path(int(sample)))]
+            masks[i] = nearest(mask, self.size, self.size)
+            if self.augment is not None:
+                draws = uniforms(seed, int(epochs[i]), np.array([sample]), "segment", 4)[0]
+                flipped[i] = draws[3] < self.augment.flip_probability
+        masks[flipped] = masks[flipped, :, ::-1]
+        return masks, flipped
+
+    def part(self, start: int, stop: int) -> "Pairs":
+        """Pairs `start` to `stop` - 1 alone."""
+        return replace(self, samples=self.samples[start:stop])
 
     def mask_path(self, sample: int) -> Path:
         """The mask of an image: the same name below the folder of masks, with .png."""
@@ -125,6 +139,55 @@ class Pairs:
     @cached_property
     def _reader(self) -> Reader:
         return Reader(self.index)
+
+
+@dataclass(frozen=True)
+class PairSteps:
+    """The rows of every step of an arm: a function of the seed (see feed.Rows)."""
+
+    pairs: Pairs
+    batch_size: int
+    seed: int
+    tokens: tuple[Features, ...] = ()
+    """of the images and, with flips, of their mirror images; empty: images are read"""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an image and its mask."""
+        return 4 * self.pairs.size**2
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of an image."""
+        return 3 * self.pairs.size**2
+
+    def rows(self, counters: NDArray[np.int64]) -> Columns:
+        """`[b]` counters -> `counter [b]`, `inputs [b 3 s s]` or `[b n d]` float32, `labels [b s s]` (see Pairs.read)."""
+        plan = Plan(self.seed, len(self.pairs), self.batch_size)
+        places, epochs = plan.samples(counters), plan.locate(counters)[0]
+        if self.tokens:
+            masks, flipped = self.pairs.read_masks(places, epochs, self.seed)
+            inputs = self._read_tokens(places, masks, flipped)
+            return {"counter": counters, "inputs": inputs, "labels": masks}
+        images, classes, _ = self.pairs.read(places, epochs, self.seed)
+        return {"counter": counters, "inputs": images.numpy(), "labels": classes.numpy()}
+
+    def _read_tokens(
+        self, places: NDArray[np.int64], masks: NDArray[np.uint8], flipped: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """`[b n d]`; where an image could not be decoded 0, and its mask becomes IGNORED."""
+        inputs = np.zeros((len(places), *self.tokens[0].values.shape[1:]), np.float32)
+        for i, sample in enumerate(self.pairs.samples[places]):
+            at = self._place_of.get(int(sample))
+            if at is None:
+                masks[i] = IGNORED
+            else:
+                inputs[i] = self.tokens[int(flipped[i])].values[at]
+        return inputs
+
+    @cached_property
+    def _place_of(self) -> dict[int, int]:
+        return {int(sample): place for place, sample in enumerate(self.tokens[0].samples)}
 
 
 def cut(
@@ -145,21 +208,25 @@ def cut(
         draws: `[4]` in 0..1: area, row, column, flip.
     """
     if augment is None:
-        return resize(image, size), _nearest(mask, size)
+        return resize(image, size), nearest(mask, size, size)
     scale = float(augment.crop_area + draws[0] * (1 - augment.crop_area)) ** 0.5
     height, width = (max(1, round(side * scale)) for side in mask.shape)
     top = int(draws[1] * (mask.shape[0] - height + 1))
     left = int(draws[2] * (mask.shape[1] - width + 1))
     window = np.s_[top : top + height, left : left + width]
-    image, mask = resize(image[window], size), _nearest(mask[window], size)
+    image, mask = resize(image[window], size), nearest(mask[window], size, size)
     if draws[3] < augment.flip_probability:
         return np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
     return image, mask
 
 
-def _nearest(mask: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """`[h w]` -> `[size size]`: the value under each new pixel's centre."""
-    return mask[np.ix_(*(((np.arange(size) + 0.5) * side / size).astype(np.int64) for side in mask.shape))]
+def nearest(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """`[h w]` -> `[height width]`: the value under each new pixel's centre."""
+    places = (
+        ((np.arange(new) + 0.5) * old / new).astype(np.int64)
+        for new, old in zip((height, width), mask.shape, strict=True)
+    )
+    return mask[np.ix_(*places)]
 
 
 def read_mask(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:

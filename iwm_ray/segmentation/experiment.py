@@ -1,9 +1,9 @@
-"""All arms of a segmentation, one after the other; a finished one is not run again."""
+"""A segmentation: its data, networks and results."""
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,110 +11,178 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from iwm_ray.build import cache_folder
 from iwm_ray.errors import RunError, UsageError
+from iwm_ray.evaluation.features import Features
 from iwm_ray.finetuning.arms import Arm, Family
-from iwm_ray.finetuning.model import Start, Tuned, seeded
-from iwm_ray.model.iwm import IWM
+from iwm_ray.finetuning.data import Extract, encode
+from iwm_ray.finetuning.experiment import cache_of
+from iwm_ray.finetuning.fit import Fitted
+from iwm_ray.finetuning.model import Start, Tuned
+from iwm_ray.finetuning.tuning import Tuning, tokens_fit
 from iwm_ray.run_directory import write_json
 from iwm_ray.segmentation import segmenter
-from iwm_ray.segmentation.data import Pairs, open_pairs
-from iwm_ray.segmentation.network import assemble, fit, image_size, measure
+from iwm_ray.segmentation.data import Pairs, PairSteps, open_pairs
+from iwm_ray.segmentation.network import PixelObjective, WholeEncoder, assemble, image_size, measure, predict
 from iwm_ray.segmentation.settings import SegmentConfig
+from iwm_ray.segmentation.summary import miou
 from iwm_ray.trained import Trained
 
-Say = Callable[[Arm, int, int, float], None]
-"""arm, steps done, steps of the arm, loss"""
+NUM_PICTURED = 6
+"""test images whose predictions are kept for the picture"""
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class Segmentation(Tuning):
     """A segmentation, resolved."""
 
-    trained: Trained
     config: SegmentConfig
     train: Pairs
     test: Pairs
     task: str
     """name of the data, in metrics and of the folder"""
-    folder: Path
-    """RUN/finetune/NAME"""
-    device: torch.device
+    extract: Extract = encode
+    """how cached tokens are made: `encode` in this process, or what the runtime offers"""
+    _tokens: dict[str, Features] = field(default_factory=dict)
+    """what has been extracted so far"""
 
     @classmethod
-    def open(cls, trained: Trained, config: SegmentConfig, output: Path | None) -> "Segmentation":
+    def open(
+        cls, trained: Trained, config: SegmentConfig, output: Path | None, extract: Extract = encode
+    ) -> "Segmentation":
         """Opens the data and checks what can be checked before anything is trained.
 
         Raises:
             UsageError: data or settings that don't fit.
         """
-        given = config.runtime.cache
-        cache = Path(given).expanduser().absolute() if given else cache_folder(trained.config)
-        train, test = open_pairs(config, trained.config, image_size(trained, config), cache)
-        if config.runtime.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("runtime.device cuda: torch sees no GPU here; use auto or cpu")
-        kind = config.runtime.device
-        if kind == "auto":
-            kind = "cuda" if torch.cuda.is_available() else "cpu"
+        size = image_size(trained, config)
+        train, test = open_pairs(config, trained.config, size, cache_of(trained, config))
         task = _task_name(config.data.path)
         folder = output or trained.run.path / "finetune" / f"segment-{task}"
-        found = cls(trained, config, train, test, task, folder.absolute(), torch.device(kind))
+        found = cls(trained, config, folder.absolute(), train, test, task, extract)
         if output is None:
-            found = replace(found, folder=Path(f"{found.folder}-{found.hash}"))
+            found = replace(found, folder=Path(f"{found.folder}-{found.name}"))
+        found.check_batch(True)
         found._refuse_other()
         return found
 
     @property
-    def hash(self) -> str:
-        """Names what decides the results."""
+    def name(self) -> str:
         parts = [self.trained.hash, self.train.index.hash, self.test.index.hash, *self.train.classes.names]
         return self.config.hash(*parts, repr(self.train.classes.table))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tokens stay here: who gets a copy maps them himself."""
+        return self.__dict__ | {"_tokens": {}}
+
+    def start(self) -> None:
+        """Records the configuration in the folder."""
+        names = {"hash": self.name, "class_names": self.train.classes.names}
+        write_json(self.folder / "config.json", names | self.config.model_dump(mode="json"))
+
     def _refuse_other(self) -> None:
         path = self.folder / "config.json"
-        if path.exists() and json.loads(path.read_text()).get("hash") != self.hash:
+        if path.exists() and json.loads(path.read_text()).get("hash") != self.name:
             raise UsageError(
                 f"--output {self.folder}: holds another segmentation or finetuning; choose another --output"
             )
 
     @property
-    def families(self) -> Iterator[Family]:
+    def families(self) -> list[Family]:
         """Every part to tune, with its control."""
-        for tune in self.config.tune:
-            starts: tuple[Start, ...] = ("none",) if tune == "encoder" else ("pretrained", "random")
-            for start in starts:
-                yield Family(tune, start, (self.task,))
-
-    @property
-    def arms(self) -> list[Arm]:
-        """In the order in which they run."""
+        starts: dict[str, tuple[Start, ...]] = {"encoder": ("none",)}
         return [
-            Arm(family.tune, family.start, family.tasks, seed, self.config.lr)
-            for family in self.families
-            for seed in self.config.seeds
+            Family(tune, start, (self.task,))
+            for tune in self.config.tune
+            for start in starts.get(tune, ("pretrained", "random"))
         ]
 
-    def run(self, say: Say, keep: Callable[[Arm, Tuned], None]) -> None:
-        """Trains and measures all arms that are not finished.
+    @property
+    def batch_size(self) -> int:
+        held = self._num_held_out if len(self.config.lr_grid) > 1 else 0
+        return min(self.config.batch_size, len(self.train) - held)
 
-        Args:
-            say: see Say.
-            keep: gets every trained network of the first seed.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(
-            self.folder / "config.json",
-            {"hash": self.hash, "class_names": self.train.classes.names}
-            | self.config.model_dump(mode="json"),
-        )
-        model = self.trained.load()
-        for arm in self.arms:
-            if not self.is_finished(arm):
-                self._run_arm(model, arm, say, keep)
+    @property
+    def _num_held_out(self) -> int:
+        return min(max(1, round(self.config.data.held_out * len(self.train))), len(self.train) - 1)
+
+    def num_steps_of(self, arm: Arm) -> int:
+        return self.config.steps
+
+    def assemble(self, arm: Arm) -> Tuned:
+        count, model = len(self.train.classes.names), self.trained.load()
+        return assemble(self.trained, model, self.config, arm.tune, arm.start, count, arm.seed)
+
+    def objective(self, arm: Arm) -> PixelObjective:
+        return PixelObjective(self.trained.policy.action_dim)
+
+    def rows(self, arm: Arm) -> PairSteps:
+        train, _ = self._splits(arm)
+        tokens = self._features() if self.has_tokens(arm) else ()
+        return PairSteps(replace(train, augment=self.config.augment), self.batch_size, arm.seed, tokens)
+
+    def _splits(self, arm: Arm) -> tuple[Pairs, Pairs]:
+        """What an arm is trained and judged on."""
+        if not arm.is_choice:
+            return self.train, self.test
+        kept = len(self.train) - self._num_held_out
+        return self.train.part(0, kept), self.train.part(kept, len(self.train))
+
+    def has_tokens(self, arm: Arm) -> bool:
+        """Crops are others at every step; whole images, mirrored or not, are not."""
+        if arm.tune != "predictor" or self.config.augment.crop_area < 1:
+            return False
+        with torch.device("meta"):
+            encoder = self.trained.untrained().encoder
+        encoder.grid = (self.train.size // encoder.patch_size,) * 2
+        copies = 2 if self.config.augment.flip_probability else 1
+        return tokens_fit(encoder, copies * len(self.train), self.config.runtime)
+
+    def prepare(self, arms: Sequence[Arm]) -> None:
+        """Has the tokens extracted, if one of these arms needs them."""
+        if any(map(self.has_tokens, arms)):
+            self._features()
+
+    def _features(self) -> tuple[Features, ...]:
+        """Tokens of the training images and, with flips, of their mirror images."""
+        found = []
+        for mirrored in (False, True) if self.config.augment.flip_probability else (False,):
+            encoder = WholeEncoder(self.trained, self.config.encoder, self.train.size, mirrored)
+            if encoder.hash not in self._tokens:
+                self._tokens[encoder.hash] = self.extract(encoder, self.train)
+            found.append(self._tokens[encoder.hash])
+        return tuple(found)
+
+    def judge(self, arm: Arm, tuned: Tuned, fitted: Fitted) -> None:
+        """Counts right pixels; keeps, of the first seed, predictions for the picture and, but for controls, the
+        segmenter."""
+        config, action_dim = self.config, self.trained.policy.action_dim
+        _, judged = self._splits(arm)
+        counts = measure(tuned, judged, config, action_dim)
+        if arm.seed == config.seeds[0] and not arm.is_choice:
+            shown = predict(tuned, self.test, self.pictured_places, action_dim, config.runtime)[2]
+            self.pictured(arm.family).parent.mkdir(exist_ok=True)
+            np.save(self.pictured(arm.family), shown.numpy())
+            if arm.start != "random":
+                names, model = self.train.classes.names, self.trained.load()
+                segmenter.save(self.segmenter(arm), tuned, self.trained, model, config, names)
+        place = self._place(arm)
+        np.save(place.with_suffix(".npy"), counts)
+        facts = {
+            "trained_parameters": tuned.num_trained,
+            "inputs": "tokens" if self.has_tokens(arm) else "images",
+            "loss": fitted.loss,
+            "images_per_second": fitted.num_images / fitted.seconds,
+            "peak_memory": fitted.peak_memory,
+        }
+        write_json(place.with_suffix(".json"), asdict(arm) | facts)
 
     def is_finished(self, arm: Arm) -> bool:
-        """Whether the arm's result is there."""
         return self._place(arm).with_suffix(".json").exists()
+
+    def score(self, arm: Arm) -> float:
+        """mIoU over the classes that the images have."""
+        counts = self._counts(arm)
+        return miou(counts, np.ones(len(counts)), counts[:, 2].sum(0) > 0)
 
     def counts(self) -> dict[Family, NDArray[np.int64]]:
         """`[s k 3 c]` of every family, once all arms have been run.
@@ -123,43 +191,32 @@ class Segmentation:
             RunError: a file is damaged.
         """
         found: dict[Family, list[NDArray[np.int64]]] = {}
-        for arm in self.arms:
-            path = self._place(arm).with_suffix(".npy")
-            try:
-                found.setdefault(arm.family, []).append(np.load(path))
-            except (OSError, ValueError) as error:
-                raise RunError(
-                    f"{path}: damaged ({error}); remove the arm's files, and it is run again"
-                ) from None
+        for arm in self.finals():
+            found.setdefault(arm.family, []).append(self._counts(arm))
         return {family: np.stack(arrays) for family, arrays in found.items()}
+
+    def _counts(self, arm: Arm) -> NDArray[np.int64]:
+        path = self._place(arm).with_suffix(".npy")
+        try:
+            counts: NDArray[np.int64] = np.load(path)
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{path}: damaged ({error}); remove the arm's files, and it is run again"
+            ) from None
+        return counts
 
     def costs(self) -> list[dict[str, Any]]:
         """What each arm trained and how fast."""
-        return [json.loads(self._place(arm).with_suffix(".json").read_text()) for arm in self.arms]
+        return [json.loads(self._place(arm).with_suffix(".json").read_text()) for arm in self.finals()]
 
-    def _run_arm(self, model: IWM, arm: Arm, say: Say, keep: Callable[[Arm, Tuned], None]) -> None:
-        config, action_dim = self.config, self.trained.policy.action_dim
-        num_classes = len(self.train.classes.names)
-        tuned = assemble(self.trained, model, config, arm.tune, arm.start, num_classes, arm.seed)
-        tuned.to(self.device)
-        train = replace(self.train, augment=config.augment)
+    @property
+    def pictured_places(self) -> NDArray[np.int64]:
+        """The test images of the picture."""
+        return np.arange(min(NUM_PICTURED, len(self.test)))
 
-        def report(step: int, loss: float) -> None:
-            say(arm, step, config.steps, loss)
-
-        with seeded(arm.seed, "fit", 0):
-            fitted = fit(tuned, train, config, arm.start, action_dim, arm.seed, report)
-        counts = measure(tuned, self.test, config, action_dim)
-        if arm.seed == config.seeds[0]:
-            keep(arm, tuned)
-            if arm.start != "random":
-                names = self.train.classes.names
-                segmenter.save(self.segmenter(arm), tuned, self.trained, model, config, names)
-        place = self._place(arm)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        np.save(place.with_suffix(".npy"), counts)
-        facts = {"trained_parameters": tuned.num_trained} | asdict(fitted)
-        write_json(place.with_suffix(".json"), asdict(arm) | facts)
+    def pictured(self, family: Family) -> Path:
+        """The predictions of a family's first seed for these images."""
+        return self.folder / "pictured" / f"{family.tune}-{family.start}.npy"
 
     def segmenter(self, arm: Arm) -> Path:
         """Where the arm's segmenter is kept: of the first seed, and of no control."""

@@ -1,23 +1,21 @@
 """The network of a segmentation: encoder, predictor and a head on the grid; its training and its measuring."""
 
-import math
-import time
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from iwm_ray.config import RuntimeConfig
 from iwm_ray.errors import RunError, UsageError
-from iwm_ray.evaluation.features import measuring, model_device
-from iwm_ray.finetuning.fit import rate_share
-from iwm_ray.finetuning.model import Query, Start, Tuned, parameter_groups, random_predictor, seeded
+from iwm_ray.evaluation.encoders import RunTokens, TokenModel
+from iwm_ray.evaluation.features import digest, measuring, model_device
+from iwm_ray.finetuning.fit import Columns
+from iwm_ray.finetuning.model import Query, Start, Tuned, pretrained_predictor, random_predictor, seeded
 from iwm_ray.finetuning.settings import Tune
 from iwm_ray.model.encoder import Encoder, sincos_positions
 from iwm_ray.model.iwm import IWM
@@ -27,12 +25,10 @@ from iwm_ray.segmentation.data import IGNORED, Pairs
 from iwm_ray.segmentation.settings import HeadName, SegmentConfig
 from iwm_ray.trained import Trained
 from iwm_ray.training.loop import autocast
+from iwm_ray.views.resize import resize
 
 TASK = "pixels"
 """the one task of the network"""
-
-Report = Callable[[int, float], None]
-"""called now and then with steps done and loss"""
 
 
 def image_size(trained: Trained, config: SegmentConfig) -> int:
@@ -67,13 +63,41 @@ def assemble(
     encoder = deepcopy(model.target_encoder if config.encoder == "target" else model.encoder)
     predictor = None
     if start == "pretrained":
-        predictor = deepcopy(model.predictor)
+        predictor = pretrained_predictor(trained, model, encoder, seed)
     elif start == "random":
         predictor = random_predictor(trained, encoder, seed)
     spread_positions(encoder, predictor, image_size(trained, config) // encoder.patch_size)
     with seeded(seed, "head", 0):
         head = make_head(config.head, encoder, num_classes)
     return Tuned(encoder, predictor, {TASK: head}, {}, is_frozen=tune == "predictor")
+
+
+@dataclass(frozen=True)
+class WholeEncoder:
+    """An encoder of a run that reads whole images, resized to squares of any size (see encoders.FrozenEncoder)."""
+
+    trained: Trained
+    which: Literal["target", "context"]
+    image_size: int
+    mirrored: bool = False
+    """tokens of the horizontally flipped images"""
+
+    @property
+    def name(self) -> str:
+        return f"{self.trained.run.path.name}, {self.which} encoder, step {self.trained.step}"
+
+    @property
+    def hash(self) -> str:
+        return digest("whole-1", self.trained.hash, self.which, self.image_size, self.mirrored)
+
+    def view(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return resize(image, self.image_size)
+
+    def load(self) -> TokenModel:
+        model = self.trained.load()
+        encoder = model.target_encoder if self.which == "target" else model.encoder
+        spread_positions(encoder, None, self.image_size // encoder.patch_size)
+        return RunTokens(encoder, False, self.mirrored)
 
 
 def spread_positions(encoder: Encoder, predictor: Predictor | None, side: int) -> None:
@@ -98,86 +122,56 @@ def make_head(kind: HeadName, encoder: Encoder, num_classes: int) -> nn.Module:
     return kinds[kind](encoder.width, num_classes, encoder.grid)
 
 
-def logits(tuned: Tuned, images: Tensor, action_dim: int) -> Tensor:
-    """`[b 3 s s]` uint8 images -> `[b c s s]` float32; the predictor is asked with the null action."""
-    query = Query(torch.zeros(len(images), action_dim, device=images.device))
-    return upsample(tuned(images, TASK, query).float(), (images.shape[2], images.shape[3]))
+def logits(forward: nn.Module, inputs: Tensor, action_dim: int, side: int) -> Tensor:
+    """`[b c s s]` float32 of every pixel; the predictor is asked with the null action.
+
+    Args:
+        forward: the network, or DDP around it.
+        inputs: `[b 3 s s]` uint8 images, or `[b n d]` tokens of the network's encoder.
+        action_dim: length of an action.
+        side: of the images, pixels.
+    """
+    query = Query(torch.zeros(len(inputs), action_dim, device=inputs.device))
+    return upsample(forward(inputs, TASK, query).float(), (side, side))
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What a training cost."""
+class PixelObjective:
+    """Cross-entropy of the classes of pixels, the mean over those that count (see fit.Objective)."""
 
-    loss: float
-    """mean of the last tenth of the steps"""
-    images_per_second: float
+    action_dim: int
 
+    def count(self, columns: Columns) -> Tensor:
+        return (columns["labels"] != IGNORED).sum()
 
-def fit(
-    tuned: Tuned,
-    pairs: Pairs,
-    config: SegmentConfig,
-    start: Start,
-    action_dim: int,
-    seed: int,
-    report: Report,
-) -> Fitted:
-    """Trains what is not frozen, on the device where it lies; the same bits for the same seed.
-
-    Raises:
-        RunError: the loss is not finite.
-    """
-    device, runtime = model_device(tuned), RuntimeConfig(precision=config.runtime.precision)
-    optimizer = AdamW(parameter_groups(tuned, config, start), betas=(0.9, 0.999), fused=True)
-    trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-    losses, num_images, begin = [], 0, time.monotonic()
-    tuned.train()
-    for step in range(config.steps):
-        images, classes = (each.to(device) for each in pairs.batch(step, config.batch_size, seed))
-        rate = config.lr * rate_share(step, config.steps, config.warmup_fraction)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        with autocast(runtime, device):
-            predicted = logits(tuned, images, action_dim)
-        loss = pixel_loss(predicted, classes)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.clip_grad_norm:
-            nn.utils.clip_grad_norm_(trained, config.clip_grad_norm)
-        optimizer.step()
-        losses.append(loss.detach())
-        num_images += len(images)
-        if step % 10 == 9 or step + 1 == config.steps:
-            value = float(losses[-1])
-            if not math.isfinite(value):
-                raise RunError(
-                    f"the loss is {value} after {step + 1} steps at learning rate {rate:g}; lower --lr"
-                )
-            report(step + 1, value)
-    last = torch.stack(losses[-max(1, config.steps // 10) :]).mean()
-    return Fitted(float(last), num_images / (time.monotonic() - begin))
+    def loss(self, tuned: Tuned, forward: nn.Module, columns: Columns, step: int) -> Tensor:
+        classes = columns["labels"].long()
+        predicted = logits(forward, columns["inputs"], self.action_dim, classes.shape[1])
+        return pixel_loss(predicted, classes)
 
 
 def pixel_loss(predicted: Tensor, classes: Tensor) -> Tensor:
-    """Cross-entropy of `[b c s s]` logits and `[b s s]` classes, the mean over pixels that count; 0 without any."""
-    total = F.cross_entropy(predicted, classes, ignore_index=IGNORED, reduction="sum")
-    return total / (classes != IGNORED).sum().clamp(min=1)
+    """Cross-entropy of `[b c s s]` logits and `[b s s]` classes, the sum over pixels that count."""
+    return F.cross_entropy(predicted, classes, ignore_index=IGNORED, reduction="sum")
 
 
 def predict(
-    tuned: Tuned, pairs: Pairs, places: NDArray[np.int64], action_dim: int, precision: RuntimeConfig
+    tuned: Tuned, pairs: Pairs, places: NDArray[np.int64], action_dim: int, runtime: RuntimeConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Images `[b 3 s s]` uint8, their classes `[b s s]` and the predicted ones, all on the CPU."""
-    images, classes, _ = pairs.read(places, np.zeros_like(places), 0)
+    """Readable images `[b 3 s s]` uint8, their classes `[b s s]` and the predicted ones, all on the CPU."""
+    images, classes, readable = pairs.read(places, np.zeros_like(places), 0)
+    images, classes = images[readable], classes[readable]
+    if not len(images):
+        raise RunError(f"not one of {len(places)} images in turn could be decoded; look at the data")
     device = model_device(tuned)
-    with measuring(tuned), autocast(precision, device):
-        predicted = logits(tuned, images.to(device), action_dim).argmax(1).cpu()
+    with measuring(tuned), autocast(runtime, device):
+        predicted = logits(tuned, images.to(device), action_dim, pairs.size).argmax(1).cpu()
     return images, classes, predicted
 
 
 def measure(tuned: Tuned, pairs: Pairs, config: SegmentConfig, action_dim: int) -> NDArray[np.int64]:
     """`[k 3 c]` of each readable image: pixels of each class that are right, that are predicted, that there are."""
-    runtime, num_classes = RuntimeConfig(precision=config.runtime.precision), len(pairs.classes.names)
+    runtime, num_classes = config.runtime, len(pairs.classes.names)
     counts = []
     for first in range(0, len(pairs), config.batch_size):
         places = np.arange(first, min(first + config.batch_size, len(pairs)))

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +24,7 @@ from iwm_ray.run_directory import write_json
 from iwm_ray.segmentation.network import assemble, image_size, logits
 from iwm_ray.segmentation.settings import SegmentConfig
 from iwm_ray.trained import Trained
+from iwm_ray.views.resize import resize
 
 _FORMAT = 1
 _TENSORS, FACTS = "segmenter.safetensors", "segmenter.json"
@@ -31,11 +34,17 @@ _TENSORS, FACTS = "segmenter.safetensors", "segmenter.json"
 class Segmenter:
     """Classes of the pixels of images."""
 
+    trained: Trained
+    """where its encoder comes from"""
     tuned: Tuned
     class_names: tuple[str, ...]
     action_dim: int
     image_size: int
     """side of the images, pixels"""
+
+    def fit(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """`[h w 3]` of any size -> `[s s 3]` as `predict` takes it, but channels last: the whole image, resized."""
+        return resize(image, self.image_size)
 
     def predict(self, images: Tensor) -> Tensor:
         """`[b 3 s s]` uint8 RGB, whole images resized to squares -> `[b s s]` int64 classes, on the model's device.
@@ -49,7 +58,8 @@ class Segmenter:
                 f"images {images.dtype} {list(images.shape)}: needs uint8 [b 3 {side} {side}]; resize them"
             )
         with measuring(self.tuned):
-            return logits(self.tuned, images.to(model_device(self.tuned)), self.action_dim).argmax(1)
+            pixels = images.to(model_device(self.tuned))
+            return logits(self.tuned, pixels, self.action_dim, side).argmax(1)
 
 
 def save(
@@ -71,7 +81,7 @@ def save(
         class_names: of pixels.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _kept(tuned).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tuned.own_state().items()}
     partial = folder / f".{_TENSORS}.{os.getpid()}"
     save_file(tensors, partial)
     partial.replace(folder / _TENSORS)
@@ -109,7 +119,7 @@ def load(folder: Path, run: Path | None = None) -> Segmenter:
     tuned = assemble(trained, model, config, facts["tune"], start, len(names), 0)
     try:
         tensors = load_file(folder / _TENSORS)
-        missing = set(_kept(tuned)) - set(tensors)
+        missing = set(tuned.own_state()) - set(tensors)
         tuned.load_state_dict(tuned.state_dict() | tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise RunError(
@@ -117,16 +127,7 @@ def load(folder: Path, run: Path | None = None) -> Segmenter:
         ) from None
     if missing:
         raise RunError(f"segmenter {folder}: {min(missing)} is missing; segment again")
-    return Segmenter(tuned.eval(), names, trained.policy.action_dim, image_size(trained, config))
-
-
-def _kept(tuned: Tuned) -> dict[str, Tensor]:
-    """What a segmenter holds: not the encoder, where it is the run's."""
-    return {
-        name: tensor
-        for name, tensor in tuned.state_dict().items()
-        if not (tuned.is_frozen and name.startswith("encoder."))
-    }
+    return Segmenter(trained, tuned.eval(), names, trained.policy.action_dim, image_size(trained, config))
 
 
 def _encoder(model: IWM, config: SegmentConfig) -> torch.nn.Module:

@@ -4,10 +4,10 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from iwm_ray.config import Fraction, Positive, _Part
-from iwm_ray.finetuning.settings import TuningConfig, TuningRuntimeConfig
+from iwm_ray.config import Fraction, _Part
+from iwm_ray.finetuning.settings import TuningConfig
 
 HeadName = Literal["linear", "upernet"]
 
@@ -32,6 +32,8 @@ class SegmentDataConfig(_Part):
     """training images, a fixed random choice; 0: all"""
     num_test: NonNegativeInt = 0
     """test images, a fixed random choice; 0: all"""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """share of the training images on which a learning rate of `lr_grid` is chosen"""
 
 
 class SegmentAugmentConfig(_Part):
@@ -40,7 +42,8 @@ class SegmentAugmentConfig(_Part):
     flip_probability: Fraction = 0.5
     """horizontal flip"""
     crop_area: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """smallest area of a random window with the image's aspect, fraction of the image"""
+    """smallest area of a random window with the image's aspect, fraction of the image; 1: the whole image, so that
+    tokens of a frozen encoder are computed once"""
 
 
 class SegmentConfig(TuningConfig):
@@ -48,33 +51,18 @@ class SegmentConfig(TuningConfig):
 
     head: HeadName = "upernet"
     """linear: one layer a patch; upernet: pyramid pooling and fusion at patch resolution"""
-    encoder: Literal["target", "context"] = "target"
-    """which encoder reads the images"""
     image_size: NonNegativeInt = 0
     """side of the images, pixels, a multiple of the patch; 0: that of pretraining. The positions of larger images are
     spread over the range that the model knows"""
     steps: PositiveInt = 1000
     """optimizer steps"""
     batch_size: PositiveInt = 32
-    """images a step"""
-    lr: Positive = 1e-3
-    """peak learning rate of what starts at random: the head, the control's predictor"""
-    pretrained_lr_factor: Positive = 0.1
-    """what is pretrained learns at this share of the rate (IWM: 1/10)"""
-    warmup_fraction: Fraction = 0.1
-    """share of the steps in which the learning rate rises; then it falls to 0 as a cosine"""
-    weight_decay: NonNegativeFloat = 0.05
-    """of AdamW; none on biases and other one-dimensional parameters"""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
-    """factor of the learning rate from each encoder block to the one below it"""
-    clip_grad_norm: NonNegativeFloat = 1.0
-    """gradients of a larger norm are scaled down to it; 0: never"""
+    """images a step, over all workers; fewer where the training set has fewer"""
     data: SegmentDataConfig = SegmentDataConfig()
     augment: SegmentAugmentConfig = SegmentAugmentConfig()
-    runtime: TuningRuntimeConfig = TuningRuntimeConfig()
 
     def hash(self, *parts: str) -> str:
         """Twelve hexadecimal digits of what decides an arm's result besides its own name."""
-        tree = self.model_dump(mode="json", exclude={"runtime", "tune", "seeds", "lr"})
+        tree = self.model_dump(mode="json", exclude={"runtime", "tracking", "tune", "seeds", "lr", "lr_grid"})
         text = json.dumps([tree, *parts], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

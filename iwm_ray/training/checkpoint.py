@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import AdamW
 
-from iwm_ray.config import Config
+from iwm_ray.config import Config, flat
 from iwm_ray.errors import RunError, SupersededError, UsageError
 from iwm_ray.model.iwm import IWM
-from iwm_ray.training.loop import TrainState
 from iwm_ray.training.manifest import (
     FILES,
     FORMAT_VERSION,
@@ -54,6 +54,7 @@ from iwm_ray.training.optimizer import expected_moments, moments, set_moments
 
 NUM_KEPT = 2
 """newest intact checkpoints that are kept; the best one is kept besides"""
+_DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 _LIBRARIES = ("iwm_ray", "torch", "timm", "safetensors", "numpy")
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,44 @@ class SavedState(Record):
     skipped: list[int]
     config: dict[str, Any]
     extra: dict[str, Any]
+
+
+class Recorded(Protocol):
+    """What was asked for, as a checkpoint records it."""
+
+    def hash(self) -> str:
+        """Names it."""
+        ...
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted name -> value, for messages."""
+        ...
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+class State(Protocol):
+    """What is saved and loaded; TrainState says what its parts are."""
+
+    total_steps: int
+    step: int
+    skipped: Tensor
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def optimizer(self) -> AdamW: ...
+
+    @property
+    def config(self) -> Recorded: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of the model that a checkpoint holds, as they lie in memory."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +139,7 @@ class Found:
 
 
 def save(
-    directory: Path, state: TrainState, extra: dict[str, Any], generation: int, metric: float | None = None
+    directory: Path, state: State, extra: dict[str, Any], generation: int, metric: float | None = None
 ) -> Saved:
     """Writes the checkpoint of `state.step`, then removes the ones that are no longer needed.
 
@@ -190,7 +229,7 @@ def open_checkpoint(path: Path) -> Found:
         raise RunError(f"checkpoint {path} is damaged: {reason}") from None
 
 
-def load(found: Found, state: TrainState) -> None:
+def load(found: Found, state: State) -> None:
     """Puts weights, moments, step and counters into `state`.
 
     Raises:
@@ -199,9 +238,9 @@ def load(found: Found, state: TrainState) -> None:
             unchanged.
     """
     _refuse_other_run(found, state)
-    weights = _read_tensors(found, MODEL, state.model.state_dict())
+    weights = _read_tensors(found, MODEL, state.weights())
     optimizer = _read_tensors(found, OPTIMIZER, expected_moments(state.model) if found.step else {})
-    _copy(weights, state.model)
+    _copy(weights, state.weights())
     set_moments(state.optimizer, state.model, optimizer)
     state.step = found.step
     state.skipped = torch.tensor(found.state.skipped, device=state.device)
@@ -213,7 +252,7 @@ def load_model(found: Found, model: IWM) -> None:
     Raises:
         UsageError: they do not fit; `model` is unchanged.
     """
-    _copy(_read_tensors(found, MODEL, model.state_dict()), model)
+    _copy(_read_tensors(found, MODEL, model.state_dict()), model.state_dict())
 
 
 def next_generation(directory: Path) -> int:
@@ -258,7 +297,7 @@ def refuse_older_generation(directory: Path, generation: int) -> None:
 # Writing
 
 
-def _holds(path: Path, config: Config) -> bool:
+def _holds(path: Path, config: Recorded) -> bool:
     """Whether there is an intact checkpoint of this configuration."""
     try:
         manifest = read_manifest(path)
@@ -267,7 +306,7 @@ def _holds(path: Path, config: Config) -> bool:
     return manifest.config_hash == config.hash() and is_intact(path, manifest)
 
 
-def _describe(directory: Path, state: TrainState, generation: int, metric: float | None) -> Manifest:
+def _describe(directory: Path, state: State, generation: int, metric: float | None) -> Manifest:
     """The manifest, but for the files."""
     manifests, _ = list_manifests(directory)
     return Manifest(
@@ -287,9 +326,9 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 
-def _write(stage: Path, state: TrainState, extra: dict[str, Any], manifest: Manifest) -> None:
+def _write(stage: Path, state: State, extra: dict[str, Any], manifest: Manifest) -> None:
     """Writes all files of a checkpoint and waits until they are on the disk, the manifest last."""
-    weights, optimizer = state.model.state_dict(), moments(state.optimizer, state.model)
+    weights, optimizer = state.weights(), moments(state.optimizer, state.model)
     _refuse_non_finite(weights | optimizer, state.step)
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
@@ -381,13 +420,13 @@ def _check(path: Path, manifest: Manifest) -> SavedState:
         raise DamagedError(f"{STATE} is not readable ({type(error).__name__})") from None
 
 
-def _refuse_other_run(found: Found, state: TrainState) -> None:
+def _refuse_other_run(found: Found, state: State) -> None:
     if found.manifest.config_hash != state.config.hash():
-        recorded, now = found.config.flat(), state.config.flat()
+        recorded, now = flat(found.state.config), state.config.flat()
         changes = [
-            f"{name} {recorded[name]!r} != {now[name]!r}"
+            f"{name} {recorded.get(name)!r} != {now[name]!r}"
             for name in now
-            if recorded[name] != now[name] and not name.startswith(("runtime.", "tracking."))
+            if recorded.get(name) != now[name] and not name.startswith(("runtime.", "tracking."))
         ]
         raise UsageError(
             f"{found.path.name} is of another configuration: {_first(changes)}; choose another --output"
@@ -405,7 +444,7 @@ def _read_tensors(found: Found, name: str, expected: dict[str, Tensor]) -> dict[
         with safe_open(found.path / name, "pt") as file:
             parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dictionary)
             there = {key: _size(part.get_dtype(), part.get_shape()) for key, part in parts.items()}
-            wanted = {key: _size("F32", tensor.shape) for key, tensor in expected.items()}
+            wanted = {key: _size(_DTYPES[tensor.dtype], tensor.shape) for key, tensor in expected.items()}
             differing = [
                 f"{key} {there.get(key, 'missing')} != {wanted.get(key, 'none')}"
                 for key in wanted | there
@@ -420,8 +459,8 @@ def _read_tensors(found: Found, name: str, expected: dict[str, Tensor]) -> dict[
         raise RunError(f"checkpoint {found.path}: {name} is no safetensors file ({error})") from None
 
 
-def _copy(weights: dict[str, Tensor], model: IWM) -> None:
-    for name, tensor in model.state_dict().items():
+def _copy(weights: dict[str, Tensor], into: dict[str, Tensor]) -> None:
+    for name, tensor in into.items():
         tensor.copy_(weights[name])
 
 

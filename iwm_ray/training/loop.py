@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
@@ -50,7 +50,7 @@ class TrainState:
             total_steps: optimizer steps of the run, over which the schedules are laid out.
         """
         device = next(model.parameters()).device
-        fuse_attention(model, device.type != "cpu" or not uses_bfloat16(config.runtime, device))
+        choose_attention(model, config.runtime, device)
         if config.runtime.compile:
             model.compile(dynamic=False)
         skipped = torch.zeros(2, dtype=torch.int64, device=device)
@@ -59,6 +59,10 @@ class TrainState:
     @property
     def device(self) -> torch.device:
         return self.skipped.device
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: all of it."""
+        return self.model.state_dict()
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,11 @@ def autocast(config: RuntimeConfig, device: torch.device) -> torch.autocast:
 def uses_bfloat16(config: RuntimeConfig, device: torch.device) -> bool:
     """Whether forward passes run in bfloat16 on that device."""
     return config.precision == "bf16" or (config.precision == "auto" and device.type != "cpu")
+
+
+def choose_attention(model: nn.Module, config: RuntimeConfig, device: torch.device) -> None:
+    """torch's fused attention, but not for bfloat16 on CPUs: there matmul and softmax are twice as fast."""
+    fuse_attention(model, device.type != "cpu" or not uses_bfloat16(config, device))
 
 
 def _accumulate_gradients(state: TrainState, batch: Batch, forward: Forward) -> tuple[Tensor, Tensor]:

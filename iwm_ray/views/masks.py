@@ -1,14 +1,16 @@
-"""Which patches are predicted: per image the union of a few rectangles, with an exact number of patches.
+"""Which patches are predicted: per image the union of a few rectangles, or any patches; an exact number either way.
 
 Differs from I-JEPA's sampler, whose faults are known: there one random number drives scale and aspect
 together, and masks are cut to the shortest of the batch in raster order, which starves the last rows. Here
 scale and aspect are independent, and every image has the same number of target patches by construction: of 16
 sets of rectangles the one whose union comes closest is taken, and the few patches that it lacks or exceeds
 are added or removed uniformly at random.
+
+Random masks (MAE, arXiv 2111.06377, section 3) are the same thing with rectangles of one patch, none twice.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from iwm_ray.errors import UsageError
 from iwm_ray.views.draws import Keys, between
 
 _NUM_CANDIDATES = 16
+_RANDOM_SHARE = 0.75  # of MAE
 _NUM_IMAGES_FOR_MEAN = 256  # x 16 candidates: the mean union is known to about 0.1 patches
 
 
@@ -31,7 +34,7 @@ class Masks:
     """`[b t]` positions that are predicted, ascending"""
     blocks: NDArray[np.int16]
     """`[b k 4]` top, left, height, width of the rectangles, patches; their union is the target up to the few
-    patches that were added or removed to make the number exact"""
+    patches that were added or removed to make the number exact. Of random masks: each target patch"""
 
     def __len__(self) -> int:
         return len(self.target_idx)
@@ -43,6 +46,7 @@ class MaskSampler:
 
     grid: tuple[int, int]
     """(rows, columns) of patches"""
+    style: Literal["blocks", "random"]
     num_blocks: int
     block_scale: tuple[float, float]
     block_aspect: tuple[float, float]
@@ -57,9 +61,10 @@ class MaskSampler:
             UsageError: no mask of that kind fits the grid.
         """
         settings = (config.num_blocks, config.block_scale, config.block_aspect, config.num_target_tokens)
-        sampler = cls(grid, *settings)
-        sampler._check_blocks()
-        sampler = replace(sampler, num_target_tokens=config.num_target_tokens or sampler._mean_union())
+        sampler = cls(grid, config.style, *settings)
+        if config.style == "blocks":
+            sampler._check_blocks()
+        sampler = replace(sampler, num_target_tokens=config.num_target_tokens or sampler._usual_count())
         sampler._check_target_tokens()
         return sampler
 
@@ -71,17 +76,32 @@ class MaskSampler:
     def draw(self, seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> Masks:
         """Draws the masks of `[b]` samples; a row depends on nothing but its own seed, epoch and sample."""
         keys = Keys(seed, epochs, samples)
+        target, blocks = self._draw_random(keys) if self.style == "random" else self._draw_blocks(keys)
+        return Masks(
+            context_idx=np.nonzero(~target)[1].reshape(len(keys), self.num_context_tokens).astype(np.int16),
+            target_idx=np.nonzero(target)[1].reshape(len(keys), self.num_target_tokens).astype(np.int16),
+            blocks=blocks.astype(np.int16),
+        )
+
+    def _draw_random(self, keys: Keys) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """`[b n]` true for the patches with the smallest of n drawn numbers, and `[b t 4]` these patches."""
+        num_tokens = self.grid[0] * self.grid[1]
+        order = keys.uniforms("mask_random", num_tokens).argsort(axis=1, kind="stable")
+        chosen = np.sort(order[:, : self.num_target_tokens], axis=1)
+        target = np.zeros((len(keys), num_tokens), bool)
+        np.put_along_axis(target, chosen, True, axis=1)
+        side = np.ones_like(chosen)
+        return target, np.stack([*np.divmod(chosen, self.grid[1]), side, side], axis=-1)
+
+    def _draw_blocks(self, keys: Keys) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """`[b n]` true for the patches that are predicted, and `[b k 4]` the rectangles that they come from."""
         blocks = self._candidates(keys, "mask")
         unions = _union(blocks, self.grid)
         chosen = np.abs(unions.sum(axis=2) - self.num_target_tokens).argmin(axis=1)
         rows = np.arange(len(keys))
         target = unions[rows, chosen]
         _repair(target, self.num_target_tokens, keys)
-        return Masks(
-            context_idx=np.nonzero(~target)[1].reshape(len(keys), self.num_context_tokens).astype(np.int16),
-            target_idx=np.nonzero(target)[1].reshape(len(keys), self.num_target_tokens).astype(np.int16),
-            blocks=blocks[rows, chosen].astype(np.int16),
-        )
+        return target, blocks[rows, chosen]
 
     def _candidates(self, keys: Keys, purpose: str) -> NDArray[np.int64]:
         """`[b 16 k 4]` rectangles (top, left, height, width); all places where one fits are equally likely."""
@@ -104,6 +124,12 @@ class MaskSampler:
         (small, large), (flat, tall) = self.block_scale, self.block_aspect
         height, width = self._size(np.array([small, large, small, large]), np.array([flat, tall, tall, flat]))
         return (int(height[0]), int(height[1])), (int(width[2]), int(width[3]))
+
+    def _usual_count(self) -> int:
+        """Patches predicted where the configuration leaves it open."""
+        if self.style == "random":
+            return round(_RANDOM_SHARE * self.grid[0] * self.grid[1])
+        return self._mean_union()
 
     def _mean_union(self) -> int:
         """Mean number of patches in a union, rounded, from a fixed draw: the same for every seed of a run."""
@@ -130,11 +156,13 @@ class MaskSampler:
         num_tokens, wanted = self.grid[0] * self.grid[1], self.num_target_tokens
         grid = "{} x {}".format(*self.grid)
         if wanted >= num_tokens:
+            others = "" if self.style == "random" else ", masks.num_blocks or masks.block_scale"
             raise UsageError(
-                f"masks.num_target_tokens {wanted} (where it is 0: the mean union of the blocks) on a grid of {grid} "
-                f"patches: at most {num_tokens - 1}, since the context needs one; lower it, masks.num_blocks or "
-                "masks.block_scale"
+                f"masks.num_target_tokens {wanted} (where it is 0: the usual number) on a grid of {grid} patches: at "
+                f"most {num_tokens - 1}, since the context needs one; lower it{others}"
             )
+        if self.style == "random":
+            return
         heights, widths = self._extreme_sizes()
         smallest, largest = heights[0] * widths[0], self.num_blocks * heights[1] * widths[1]
         if not smallest <= wanted <= largest:

@@ -202,7 +202,7 @@ def test_zero_rows_and_unusable_places(tmp_path: Path, cache: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
     with pytest.raises(UsageError, match=r"0 usable images under data.path .*none.parquet"):
         open_index(tmp_path / "none.parquet", cache)
-    data = DataConfig(path=str(tmp_path), test_path=str(tmp_path / "nowhere"))
+    data = DataConfig(path=str(tmp_path / "none.parquet"), test_path=str(tmp_path / "nowhere"))
     with pytest.raises(UsageError, match=r"data.test_path .*nowhere: does not exist; give --data.test-path"):
         Index.open(data, data.test_path, cache)
 

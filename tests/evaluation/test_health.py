@@ -42,6 +42,12 @@ def test_without_conditioning_no_gap_is_expected() -> None:
     assert "invariant by construction" in line
 
 
+def test_without_any_action_none_is_spoken_of() -> None:
+    """A masked autoencoder: no gap is measured, and nothing is claimed to be invariant."""
+    rows = [{k: v for k, v in row.items() if "gap" not in k} for row in (START, STEP, END)]
+    assert judge(rows, "none", 192).line == "ok: RankMe 54.2 of 192, std 0.31, kNN 0.61 (chance 0.10)"
+
+
 def test_without_labels_the_knn_is_left_out() -> None:
     unlabelled = [{k: v for k, v in row.items() if "knn" not in k} for row in (START, STEP, END)]
     assert judge(unlabelled, "feature", 192).line == "ok: RankMe 54.2 of 192, std 0.31, action gap +0.120"

@@ -15,12 +15,13 @@ from iwm_ray.evaluation.shuffle import derangement
 from iwm_ray.model.iwm import IWM, build_model
 
 SIZE, ACTION_DIM = 16, 3
+STILL = {f"{name}_probability": 0.0 for name in ("jitter", "grayscale", "blur", "solarize")}
 
 
 def _model(**predictor: str) -> IWM:
     config = Config(
         recipe="test",
-        views=ViewsConfig(image_size=SIZE),
+        views=ViewsConfig(image_size=SIZE, **STILL),
         encoder=EncoderConfig(name="vit_tiny_patch16_224", patch_size=4, width=16, depth=1, num_heads=2),
         predictor=PredictorConfig(depth=1, width=16, num_heads=2, **predictor),
     )
@@ -65,6 +66,16 @@ def test_the_loss_is_the_training_loss_and_the_gap_that_of_shuffled_actions(loss
 
 def test_without_conditioning_the_gap_is_zero() -> None:
     assert Monitor(_batch(), _pictures(5, 0)).read(_model(conditioning="none"))["monitor/action_gap"] == 0
+
+
+def test_of_pixels_only_the_loss_is_read() -> None:
+    model, batch = _model(target="pixels", conditioning="none"), _batch()
+    values = Monitor(batch, _pictures(5, 0), batch_size=3).read(model)
+    with measuring(model):
+        assert values["monitor/loss"] == pytest.approx(float(model(batch).loss), rel=1e-5)
+        features = target_features(model, _pictures(5, 0), 64)
+    assert values["monitor/rankme"] == pytest.approx(float(rankme(features)), rel=1e-4)
+    assert not {"monitor/action_gap", "monitor/cosine"} & set(values)
 
 
 def test_perfect_predictions_have_cosine_one_and_no_loss() -> None:

@@ -1,17 +1,7 @@
 import pytest
 
 from iwm_ray.errors import RunError
-from iwm_ray.finetuning.arms import (
-    Arm,
-    ArmResult,
-    Family,
-    choices,
-    default_lr,
-    families,
-    finals,
-    read_result,
-    write_result,
-)
+from iwm_ray.finetuning.arms import Arm, ArmResult, families, read_result, write_result
 from iwm_ray.finetuning.settings import FinetuneConfig
 
 RESULT = ArmResult({"a": "0110"}, 3, 24, 0.5, 100, 12.0, 1 << 20, "tokens", "x", "y")
@@ -37,23 +27,6 @@ def test_several_tasks_are_tuned_together_and_alone():
     assert [tasks for _, _, tasks in names(config, ("a", "b"))] == ["a+b", "a", "b"]
     together = config.model_copy(update={"single_tasks": False})
     assert [tasks for _, _, tasks in names(together, ("a", "b"))] == ["a+b"]
-
-
-def test_each_arm_has_its_own_file():
-    config = FinetuneConfig(tune=("predictor", "both"), lr_grid=(1e-3, 1e-2))
-    arms = [
-        arm
-        for family in families(config, ("a", "b"))
-        for arm in (*choices(config, family), *finals(config, family, 1e-3), *finals(config, family, 1e-2))
-    ]
-    assert len({arm.name for arm in arms}) == len(arms)
-
-
-def test_a_grid_of_one_is_no_choice():
-    family = Family("predictor", "random", ("a",))
-    assert choices(FinetuneConfig(lr_grid=(0.5,)), family) == []
-    assert default_lr(FinetuneConfig(lr_grid=(0.5,))) == 0.5
-    assert default_lr(FinetuneConfig(lr=0.25)) == 0.25
 
 
 def test_results_survive(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from iwm_ray.errors import UsageError
 from iwm_ray.evaluation.encoders import RunEncoder
 from iwm_ray.finetuning.data import (
+    Drawn,
     Steps,
     TokenRows,
     alternate,
@@ -20,6 +21,7 @@ from iwm_ray.finetuning.data import (
     open_tasks,
 )
 from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
+from iwm_ray.loader import local_columns
 
 ZERO = np.zeros(8, np.int64)
 FIRST = np.arange(8)
@@ -78,29 +80,53 @@ def test_cached_and_streamed_flips_are_the_same(task, model, trained):
     assert not torch.equal(cached.inputs, TokenRows(plain).rows(FIRST, epochs, 3).inputs)
 
 
-def test_an_epoch_sees_every_image_once_and_seeds_differ(task):
-    class Numbers:
-        def __len__(self):
-            return 24
+class Numbers:
+    """A split of 24 images whose pictures are their numbers."""
 
-        def rows(self, places, epochs, seed):
-            return type(task.train.rows(FIRST, ZERO, 0))(torch.tensor(places), torch.tensor(epochs), places)
+    view_bytes = 8
 
-    schedule = np.zeros(6, np.int64)
-    steps = [Steps((Numbers(),), schedule, 8, seed) for seed in (0, 0, 1)]
-    seen = [torch.cat([step.inputs for step in one.batches(0)]).tolist() for one in steps]
+    def __len__(self):
+        return 24
+
+    def rows(self, places, epochs, seed):
+        numbers = torch.tensor(places)
+        return Drawn(numbers, numbers, places, np.ones(len(places), np.bool_))
+
+
+def test_an_epoch_sees_every_image_once_and_seeds_differ():
+    counters = np.arange(48).reshape(6, 8)
+    seen = []
+    for seed in (0, 0, 1):
+        steps = Steps((Numbers(),), np.zeros(6, np.int64), 8, seed)
+        seen.append(np.concatenate([steps.rows(part)["inputs"] for part in counters]).tolist())
     assert sorted(seen[0][:24]) == sorted(seen[0][24:]) == list(range(24))
     assert seen[0] == seen[1] != seen[2]
     assert seen[0][:24] != seen[0][24:]
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_shares_are_parts_of_the_batch(task, num_workers):
+    """Whoever makes which rows, in whatever order: an image has the same augmentation and the same partner."""
+    rows = replace(task.train, augment=AugmentConfig(crop_area=0.5, flip_probability=0.5))
+    steps = Steps((rows, rows), alternate([2, 1]), 8, 0, has_partners=True)
+    for step in range(3):
+        counters = np.arange(step * 8, step * 8 + 8)
+        whole = steps.rows(counters)
+        np.testing.assert_array_equal(whole["partners"], np.roll(whole["inputs"], 1, axis=0))
+        np.testing.assert_array_equal(whole["partner_labels"], np.roll(whole["labels"], 1))
+        parts = [steps.rows(part) for part in np.split(counters, num_workers)]
+        for name, values in whole.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
 
 
 @pytest.mark.slow
 def test_other_processes_make_the_same_batches(task):
     rows = replace(task.train, augment=AugmentConfig(crop_area=0.5, flip_probability=0.5))
     steps = Steps((rows, rows), alternate([2, 1]), 8, 0)
-    for ours, theirs in zip(steps.batches(0), steps.batches(1), strict=True):
-        assert ours.task == theirs.task
-        assert torch.equal(ours.inputs, theirs.inputs) and torch.equal(ours.labels, theirs.labels)
+    here, there = (local_columns(steps, 8, 1, 3, processes, pin=False) for processes in (0, 1))
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_strong_augmentation_depends_on_seed_epoch_and_image_only(task):
@@ -117,18 +143,29 @@ def test_strong_augmentation_depends_on_seed_epoch_and_image_only(task):
 @pytest.mark.parametrize("way", ["mixup", "cutmix"])
 def test_mixed_labels_are_shares(task, way):
     drawn = task.train.rows(FIRST, ZERO, 0)
-    images, labels = mixed(drawn.inputs, drawn.labels, 10, AugmentConfig(**{way: 1.0}), 0, 0)
-    assert labels.shape == (8, 10)
-    torch.testing.assert_close(labels.sum(1), torch.ones(8))
-    assert images.shape == drawn.inputs.shape and float(images.min()) >= 0 and float(images.max()) <= 1
-    again, _ = mixed(drawn.inputs, drawn.labels, 10, AugmentConfig(**{way: 1.0}), 0, 0)
-    assert torch.equal(images, again)
+    images, labels = drawn.inputs, drawn.labels
+    augment = AugmentConfig(**{way: 1.0})
+    assert augment.mixes and not AugmentConfig().mixes
 
+    def mix(part):
+        return mixed(
+            images[part], labels[part], images.roll(1, 0)[part], labels.roll(1)[part], 10, augment, 0, 0
+        )
 
-def test_without_mixing_the_batch_is_left_alone(task):
-    drawn = task.train.rows(FIRST, ZERO, 0)
-    images, labels = mixed(drawn.inputs, drawn.labels, 10, AugmentConfig(), 0, 0)
-    assert images is drawn.inputs and labels is drawn.labels
+    found, shares = mix(slice(None))
+    assert shares.shape == (8, 10)
+    torch.testing.assert_close(shares.sum(1), torch.ones(8))
+    assert found.shape == images.shape and float(found.min()) >= 0 and float(found.max()) <= 1
+    assert torch.equal(torch.cat([mix(slice(0, 2))[0], mix(slice(2, 8))[0]]), found)
+    # The share of the label says how much of the image there is.
+    row = int((labels != labels.roll(1)).nonzero()[0])
+    share, own, other = float(shares[row, labels[row]]), images[row] / 255, images.roll(1, 0)[row] / 255
+    if way == "mixup":
+        torch.testing.assert_close(found[row], share * own + (1 - share) * other)
+    else:
+        differs = (own != other).any(0)
+        kept = (found[row] == own).all(0)[differs].float().mean()
+        assert float(kept) == pytest.approx(share, abs=0.1)
 
 
 def test_an_unreadable_image_is_left_out(tmp_path, task, trained):
@@ -140,6 +177,10 @@ def test_an_unreadable_image_is_left_out(tmp_path, task, trained):
     data = {"path": [str(tmp_path / "train")], "test_path": [str(tmp_path / "test")]}
     (found,) = open_tasks(FinetuneConfig.model_validate({"data": data}), trained.config, tmp_path / "cache")
     assert len(found.train) == 7
+    steps = Steps((found.train,), np.zeros(1, np.int64), 7, 0)
+    columns = steps.rows(np.arange(7))
+    assert sorted(columns["weight"]) == [0, 1, 1, 1, 1, 1, 1]
+    assert not columns["inputs"][columns["weight"] == 0].any()
     assert sum(len(drawn.labels) for drawn in in_order(found.train, 4)) == 6
     assert len(encode(RunEncoder(trained), found.train).labels) == 6
 

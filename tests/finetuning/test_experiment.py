@@ -8,6 +8,9 @@ from iwm_ray.finetuning.arms import Arm
 from iwm_ray.finetuning.experiment import Experiment
 from iwm_ray.finetuning.model import weights_hash
 from iwm_ray.finetuning.settings import FinetuneConfig
+from iwm_ray.finetuning.tuning import ArmTraining, work
+from iwm_ray.training import metrics_log
+from iwm_ray.workers import train_here
 
 
 @pytest.fixture
@@ -15,31 +18,52 @@ def experiment(trained, config, tmp_path):
     return Experiment.open(trained, config.model_copy(update={"steps": 2, "seeds": (0,)}), tmp_path / "out")
 
 
+def here(experiment):
+    """Trains arms in this process, without any runtime."""
+
+    def train(arms):
+        outcomes = []
+        for arm in arms:
+            training = ArmTraining(experiment, arm)
+            training.run.path.mkdir(parents=True, exist_ok=True)
+            outcomes.append(train_here(training, work))
+        return all(outcome.status == "finished" for outcome in outcomes)
+
+    return train
+
+
 def test_it_runs_without_any_runtime(experiment, model):
-    said = []
-    results = experiment.run(lambda *words: said.append(words))
+    assert experiment.run(here(experiment))
+    results = experiment.results()
     assert [arm.start for arm in results] == ["pretrained", "random"]
     assert {result.encoder_hash for result in results.values()} == {weights_hash(model.target_encoder)}
-    assert [words[1:4] for words in said] == [(2, 2, 32), (2, 2, 32)]
     assert all(experiment.finished(arm) == result for arm, result in results.items())
-    assert experiment.run(said.append) == results  # nothing more to say
+    for arm in results:
+        rows = metrics_log.read(ArmTraining(experiment, arm).run.metrics)
+        assert [row["step"] for row in rows] == [2] and rows[0]["train/loss"] == results[arm].loss
+        assert not ArmTraining(experiment, arm).run.checkpoints.exists()
+    assert experiment.run(lambda arms: pytest.fail(f"{arms} again")) and experiment.results() == results
 
 
 def test_an_arm_whose_adapter_is_missing_is_not_finished(experiment):
-    results = experiment.run(lambda *words: None)
-    ours, control = results
+    experiment.run(here(experiment))
+    ours, control = results = experiment.results()
     shutil.rmtree(experiment.adapter(ours))
     assert experiment.finished(ours) is None and experiment.finished(control) == results[control]
-    again = experiment.run(lambda *words: None)
-    assert again[ours].correct == results[ours].correct and experiment.finished(ours)
+    experiment.run(here(experiment))
+    assert experiment.results()[ours].correct == results[ours].correct and experiment.finished(ours)
 
 
 def test_the_test_images_choose_nothing(experiment, task):
     """A choosing arm trains on and is judged on disjoint training images; the final one trains on all of them."""
     choice = Arm("predictor", "random", ("photos_tiny",), 0, 1e-3, is_choice=True)
     for cached in (False, True):
-        (train,), (judged,) = experiment._splits(choice, cached)
-        (whole,), (test,) = experiment._splits(replace(choice, is_choice=False), cached)
+        gigabytes = {"token_gigabytes": 4.0 if cached else 0.0}
+        runtime = experiment.config.runtime.model_copy(update=gigabytes)
+        asked = replace(experiment, config=experiment.config.model_copy(update={"runtime": runtime}))
+        assert asked.has_tokens(choice) == cached
+        (train,), (judged,) = asked._splits(choice)
+        (whole,), (test,) = asked._splits(replace(choice, is_choice=False))
         seen, held, all_of_them, tested = (
             set((rows.plain if cached else rows).samples.tolist()) for rows in (train, judged, whole, test)
         )
@@ -48,7 +72,7 @@ def test_the_test_images_choose_nothing(experiment, task):
 
 
 def test_tokens_carry_the_labels_of_the_task(experiment, task):
-    (_,), (test,) = experiment._splits(Arm("predictor", "random", ("photos_tiny",), 0, 1e-3), cached=True)
+    (_,), (test,) = experiment._splits(Arm("predictor", "random", ("photos_tiny",), 0, 1e-3))
     assert np.array_equal(test.plain.labels, task.test.labels)
     assert np.array_equal(test.plain.samples, task.test.samples)
 

@@ -8,9 +8,16 @@ import torch
 
 from iwm_ray.errors import RunError
 from iwm_ray.evaluation.encoders import RunEncoder
+from iwm_ray.finetuning.classification import ClassObjective, measure
 from iwm_ray.finetuning.data import Steps, TokenRows, encode
-from iwm_ray.finetuning.fit import fit, measure, rate_share
+from iwm_ray.finetuning.fit import ArmRecord, Between, TuneState, fit, rate_share
 from iwm_ray.finetuning.model import Asking, weights_hash
+from iwm_ray.loader import to_tensors
+from iwm_ray.run_directory import RunDirectory
+from iwm_ray.training import metrics_log
+from iwm_ray.workers import Worker
+
+WORKER = Worker(0, 1, torch.device("cpu"))
 
 
 def test_the_rate_rises_and_falls_to_zero():
@@ -22,40 +29,60 @@ def test_the_rate_rises_and_falls_to_zero():
     assert rate_share(0, 1, 0.0) == 1
 
 
-def trained_arm(tuned, rows, config, trained, num_steps, lr=3e-3, seed=0):
-    losses = []
-    steps = Steps((rows,), np.zeros(num_steps, np.int64), config.batch_size, seed)
-    fitted = fit(
-        tuned, ["photos"], steps.batches(0), num_steps, config, "pretrained", lr, Asking(trained.policy, 16), seed,
-        lambda done, images, loss: losses.append((done, images, loss)), nullcontext,
-    )  # fmt: skip
-    return fitted, losses
+@pytest.fixture
+def train(trained, tmp_path):
+    """Trains a network on a split; gives what it cost and the lines of its log."""
+
+    def make(tuned, split, config, num_steps, lr=3e-3):
+        schedule, run = np.zeros(num_steps, np.int64), RunDirectory(tmp_path / str(np.random.rand()))
+        run.path.mkdir()
+        steps = Steps((split,), schedule, config.batch_size, 0)
+        size, asking = config.batch_size, Asking(trained.policy, 16)
+        objective = ClassObjective(("photos",), (10,), schedule, size, asking, config, 0)
+        record = ArmRecord(tuning="test", arm="arm")
+        state = TuneState.start(tuned, config, "pretrained", lr, record, num_steps)
+        between = Between(run, run, WORKER, state, size, 1)
+        batches = (to_tensors(steps.rows(np.arange(at * size, at * size + size))) for at in range(num_steps))
+        fit(state, batches, objective, tuned, WORKER, between)
+        return between.fitted(state), metrics_log.read(run.metrics)
+
+    return make
 
 
-def test_it_learns_and_leaves_the_encoder_alone(tuned_network, config, trained, model, task):
+def test_it_learns_and_leaves_the_encoder_alone(tuned_network, config, trained, model, task, train):
     rows = TokenRows(encode(RunEncoder(trained, for_predictor=True), task.train))
     tuned, asking = tuned_network(config), Asking(trained.policy, 16)
     frozen, predictor = weights_hash(tuned.encoder), weights_hash(tuned.predictor)
     before = measure(tuned, "photos", rows, asking, 7, nullcontext).mean()
-    fitted, losses = trained_arm(tuned, rows, config, trained, 60, lr=1e-2)
+    fitted, lines = train(tuned, rows, config, 60, lr=1e-2)
     after = measure(tuned, "photos", rows, asking, 7, nullcontext).mean()
     assert after > before + 0.3
     assert fitted.loss < math.log(10) - 0.8
-    assert losses[-1][:2] == (60, fitted.num_images) == (60, 60 * 16)
+    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60] and fitted.num_images == 60 * 16
     assert fitted.peak_memory > 0 and fitted.seconds > 0
     assert weights_hash(tuned.encoder) == frozen == weights_hash(model.target_encoder)
     assert weights_hash(tuned.predictor) != predictor
 
 
-def test_the_same_seed_gives_the_same_bits_from_images_too(tuned_network, config, trained, task):
+def test_the_same_seed_gives_the_same_bits_from_images_too(tuned_network, config, task, train):
     config = config.model_copy(update={"drop_path": 0.5})
     hashes = []
-    for _ in range(2):
+    for number in range(2):
         tuned = tuned_network(config, "both")
-        torch.manual_seed(0)
-        trained_arm(tuned, task.train, config, trained, 3)
+        torch.manual_seed(number)  # what others draw has no part in it
+        train(tuned, task.train, config, 3)
         hashes.append(weights_hash(tuned))
     assert hashes[0] == hashes[1]
+
+
+def test_parts_of_a_batch_are_the_batch(tuned_network, config, task, train):
+    networks = []
+    for parts in (1, 4):
+        runtime = config.runtime.model_copy(update={"accumulation_steps": parts})
+        networks.append(tuned_network(config, "both"))
+        train(networks[-1], task.train, config.model_copy(update={"runtime": runtime}), 3)
+    one, other = (network.state_dict() for network in networks)
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
 
 
 def test_measuring_does_not_depend_on_the_size_of_its_batches(tuned_network, config, trained, task):
@@ -65,10 +92,10 @@ def test_measuring_does_not_depend_on_the_size_of_its_batches(tuned_network, con
     assert small.shape == (len(rows),) and np.array_equal(small, large)
 
 
-def test_a_loss_that_is_not_finite_ends_the_arm(tuned_network, config, trained, task):
+def test_a_loss_that_is_not_finite_ends_the_arm(tuned_network, config, trained, task, train):
     tuned = tuned_network(config)
     with torch.no_grad():
         tuned.head("photos").classify.weight.fill_(torch.inf)
     rows = TokenRows(encode(RunEncoder(trained, for_predictor=True), task.train))
-    with pytest.raises(RunError, match="lower --lr"):
-        trained_arm(tuned, rows, config, trained, 3)
+    with pytest.raises(RunError, match="at --lr 0.003; lower it"):
+        train(tuned, rows, config, 3)

@@ -1,8 +1,10 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from iwm_ray.finetuning.model import Asking, parameter_groups, weights_hash
+from iwm_ray.finetuning.model import Asking, assemble, draw_paths, parameter_groups, weights_hash
 
 CPU = torch.device("cpu")
 
@@ -22,6 +24,41 @@ def test_the_control_differs_in_the_predictor_alone(tuned_network, config):
     assert weights_hash(ours.heads) == weights_hash(control.heads)
     assert weights_hash(ours.predictor) != weights_hash(control.predictor)
     assert ours.num_trained == control.num_trained
+
+
+@pytest.fixture
+def decoder(trained, model):
+    """The trained model, as if its predictor had been a decoder of pixels."""
+    pixels = copy.deepcopy(model)
+    pixels.predictor.target = "pixels"
+    pixels.predictor.unembed = torch.nn.Linear(64, 3 * 8 * 8)
+    return pixels
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_decoder_of_pixels_gets_the_projection_of_its_control(trained, decoder, config, seed):
+    ours, control = (
+        assemble(trained, decoder, config, "predictor", start, {"photos": 10}, seed)
+        for start in ("pretrained", "random")
+    )
+    assert weights_hash(ours.predictor.unembed) == weights_hash(control.predictor.unembed)
+    assert weights_hash(ours.predictor.blocks) == weights_hash(decoder.predictor.blocks)
+    assert weights_hash(ours.predictor.blocks) != weights_hash(control.predictor.blocks)
+    assert ours.num_trained == control.num_trained
+    assert ours(images(), "photos", asking(trained).query(4, 0, 0, CPU)).shape == (4, 10)
+    assert decoder.predictor.unembed.out_features == 3 * 8 * 8  # the run's own is left alone
+
+
+def test_what_replaces_the_projection_to_pixels_learns_at_the_full_rate(trained, decoder, config):
+    tuned = assemble(trained, decoder, config, "predictor", "pretrained", {"photos": 10}, 0)
+    names = {id(parameter): name for name, parameter in tuned.named_parameters()}
+    scale = {
+        names[id(parameter)]: group["scale"]
+        for group in parameter_groups(tuned, config, "pretrained")
+        for parameter in group["params"]
+    }
+    assert scale["predictor.unembed.weight"] == scale["predictor.unembed.bias"] == 1
+    assert scale["predictor.embed.weight"] == scale["predictor.norm.weight"] == 0.1
 
 
 def test_another_seed_is_another_head_and_another_control(tuned_network, config):
@@ -128,13 +165,33 @@ def test_a_subset_of_positions_gives_as_many_tokens(tuned_network, config, train
 
 def test_drop_path_is_random_in_training_only(tuned_network, config, trained):
     tuned = tuned_network(config.model_copy(update={"drop_path": 0.5}), "encoder", "none")
-    query, many = asking(trained).query(16, 0, 0, CPU), images(16)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        tuned.train()
-        assert not torch.equal(tuned(many, "photos", query), tuned(many, "photos", query))
-        tuned.eval()
-        assert torch.equal(tuned(many, "photos", query), tuned(many, "photos", query))
+    query, many, places = asking(trained).query(16, 0, 0, CPU), images(16), np.arange(16)
+
+    def run(step):
+        draw_paths(tuned, 0, step, places, CPU)
+        with torch.no_grad():
+            return tuned(many, "photos", query)
+
+    tuned.train()
+    one, two = run(0), run(1)
+    assert not torch.equal(one, two) and torch.equal(run(0), one)
+    tuned.eval()
+    assert torch.equal(run(0), run(1))
+
+
+def test_draws_belong_to_places(tuned_network, config, trained):
+    """Half a batch is asked and dropped as it is within the whole."""
+    tuned = tuned_network(config.model_copy(update={"drop_path": 0.5}), "encoder", "none")
+    asked, places = asking(trained, is_random=True, fraction=0.25), np.arange(8)
+    whole, half = (asked.query(part, 3, 5, CPU) for part in (8, places[4:]))
+    assert torch.equal(whole.action[4:], half.action) and torch.equal(whole.target_idx[4:], half.target_idx)
+    last = tuned.encoder.vit.blocks[-1].drop_path2
+    draw_paths(tuned, 0, 0, places, CPU)
+    kept = last.kept
+    draw_paths(tuned, 0, 0, places[4:], CPU)
+    assert torch.equal(last.kept, kept[4:]) and set(kept.tolist()) <= {0.0, 2.0}
+    draw_paths(tuned, 0, 0, np.arange(2000), CPU)
+    assert float(last.kept.mean()) == pytest.approx(1, abs=0.1)
 
 
 def test_a_hash_knows_names_shapes_and_values():

@@ -6,7 +6,8 @@ from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
 
 def test_the_hash_knows_what_decides_an_arm_and_nothing_else():
     base = FinetuneConfig()
-    same = [{"seeds": [7]}, {"tune": ["both"]}, {"runtime": {"device": "cpu"}}, {"data": {"path": ["x"]}}]
+    same = [{"seeds": [7]}, {"tune": ["both"]}, {"runtime": {"use_gpu": True}}, {"data": {"path": ["x"]}}]
+    same.append({"tracking": {"uri": "none"}})
     other = [{"head": "linear"}, {"epochs": 3}, {"data": {"num_train": 5}}, {"augment": {"mixup": 0.8}}]
     assert {FinetuneConfig.model_validate(tree).hash("w") for tree in same} == {base.hash("w")}
     hashes = [FinetuneConfig.model_validate(tree).hash("w") for tree in other]

@@ -1,21 +1,30 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.nn.parameter import Parameter
 
 from iwm_ray.batch import Batch
 from iwm_ray.config import Config, EncoderConfig, PredictorConfig, ViewsConfig
 from iwm_ray.model.iwm import build_model
 
+STILL = {f"{name}_probability": 0.0 for name in ("jitter", "grayscale", "blur", "solarize")}
+
 
 def tiny_config(seed=0, **predictor):
     return Config(
         recipe="test",
         seed=seed,
-        views=ViewsConfig(image_size=16),
+        views=ViewsConfig(image_size=16, **STILL),
         encoder=EncoderConfig(name="vit_tiny_patch16_224", patch_size=4, width=32, depth=2, num_heads=2),
         predictor=PredictorConfig(depth=2, width=24, num_heads=2, **predictor),
     )
+
+
+def tiny_mae(**predictor):
+    return tiny_config(target="pixels", conditioning="none", **predictor)
 
 
 def tiny_batch(num_samples=4):
@@ -71,6 +80,81 @@ def test_loss_is_the_naive_one(loss, distance, normalize_targets):
     expected = naive_loss(model, batch, distance)
     torch.testing.assert_close(output.sample_loss, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss, expected.mean(), atol=1e-5, rtol=1e-5)
+
+
+def naive_pixels(images, patch, position):
+    """One patch's pixels, channel by channel and row by row, normalised by ImageNet's statistics, then by its own."""
+    row, column = divmod(position, images.shape[2] // patch)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    values = []
+    for channel in range(3):
+        for y in range(patch):
+            for x in range(patch):
+                pixel = images[channel, row * patch + y, column * patch + x].item()
+                values.append((pixel / 255 - mean[channel]) / std[channel])
+    middle = sum(values) / len(values)
+    variance = sum((value - middle) ** 2 for value in values) / len(values)
+    return torch.tensor([(value - middle) / (variance + 1e-5) ** 0.5 for value in values])
+
+
+@pytest.mark.parametrize(("loss", "distance"), [("squared_l2", squared), ("smooth_l1", huber)])
+def test_the_loss_of_pixels_is_the_naive_one(loss, distance):
+    model, batch = build_model(tiny_mae(loss=loss), action_dim=7), tiny_batch()
+    losses = []
+    for i in range(len(batch)):
+        context = model.encoder(batch.source[i : i + 1], batch.context_idx[i : i + 1])
+        prediction = model.predictor(
+            context, batch.context_idx[i : i + 1], batch.target_idx[i : i + 1], batch.action[i : i + 1]
+        )[0]
+        assert prediction.shape == (7, 3 * 4 * 4)
+        terms = [
+            distance(prediction[j] - naive_pixels(batch.target[i], 4, int(position)))
+            for j, position in enumerate(batch.target_idx[i])
+        ]
+        losses.append(torch.stack(terms).mean())
+    torch.testing.assert_close(model(batch).sample_loss, torch.stack(losses), atol=1e-5, rtol=1e-5)
+
+
+def test_pixels_are_those_that_the_encoder_embeds():
+    """The targets, folded back, are the image: no patch is turned, moved or of another channel order."""
+    model, batch = build_model(tiny_mae(normalize_targets=False), action_dim=7), tiny_batch()
+    grid = torch.arange(16).expand(4, -1)
+    patches = model.targets(batch.target, grid).mT
+    images = F.fold(patches, output_size=16, kernel_size=4, stride=4)
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    torch.testing.assert_close((images * std + mean) * 255, batch.target.float(), atol=1e-3, rtol=0)
+
+
+def test_pixels_of_other_patches_do_not_reach_the_loss():
+    """Neither what is hidden reaches the prediction, nor what is seen the target."""
+    model, batch = build_model(tiny_mae(), action_dim=7), tiny_batch()
+    before = model(batch)
+    rows, columns = (batch.target_idx // 4)[:, 0], (batch.target_idx % 4)[:, 0]
+    hidden, seen = batch.source.clone(), batch.target.clone()
+    for i in range(4):
+        hidden[i, :, 4 * rows[i] : 4 * rows[i] + 4, 4 * columns[i] : 4 * columns[i] + 4] = 0
+        row, column = divmod(int(batch.context_idx[i, 0]), 4)
+        seen[i, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 0
+    after = model(replace(batch, source=hidden, target=seen))
+    assert torch.equal(before.sample_loss, after.sample_loss)
+
+
+def test_a_decoder_teaches_encoder_and_predictor_and_the_average_follows():
+    model, batch = build_model(tiny_mae(), action_dim=7), tiny_batch()
+    model(batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.any())
+        assert reached == parameter.requires_grad, name
+        assert not (name.startswith("target_encoder") and reached)
+    torch.nn.init.normal_(model.encoder.vit.norm.weight)
+    before = model.target_encoder.vit.norm.weight.clone()
+    model.update_target(0.5)
+    torch.testing.assert_close(
+        model.target_encoder.vit.norm.weight, 0.5 * (before + model.encoder.vit.norm.weight)
+    )
+    assert model.target_tokens(batch.target).shape == (4, 16, 32)  # what is measured stays the encoder's
 
 
 def test_quarantined_samples_count_as_zero_and_teach_nothing():

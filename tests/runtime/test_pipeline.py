@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -36,12 +38,12 @@ def test_global_batches_are_those_of_the_plan_for_every_worker_count(
     setup = make(num_workers)
     config = setup.config
     start, until = 3, 23
-    layout = Layout.of(config, setup.feed, start, until)
+    layout = Layout.of(setup.feed, 16, num_workers, start, until)
     assert config.worker_batch_size % layout.block_rows == 0
     assert layout.num_segments > 2
     assert (until - start) % layout.segment_steps
     data = stream(setup.feed, layout)
-    data.context.execution_options = execution_options(config)
+    data.context.execution_options = execution_options(config.runtime)
 
     @ray.remote(num_cpus=0)
     def read(shard):
@@ -61,9 +63,21 @@ def test_global_batches_are_those_of_the_plan_for_every_worker_count(
 
 def test_rows_are_those_of_the_feed(ray_cluster, make):
     setup = make(1)
-    data = stream(setup.feed, Layout.of(setup.config, setup.feed, 0, 2))
-    data.context.execution_options = execution_options(setup.config)
+    data = stream(setup.feed, Layout.of(setup.feed, 16, 1, 0, 2))
+    data.context.execution_options = execution_options(setup.runtime)
     batches = list(data.iter_batches(batch_size=16, batch_format="numpy"))
     for step, batch in enumerate(batches):
         for name, values in setup.feed.rows(np.arange(step * 16, (step + 1) * 16)).items():
             np.testing.assert_array_equal(batch[name], values)
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize(("size", "rows"), [(224, 128), (384, 64)])
+def test_a_column_of_a_block_fits_in_memory_that_is_used_again(make, where, size, rows):
+    setup = make(1)
+    optimizer = setup.config.optimizer.model_copy(update={"global_batch_size": 256})
+    crop_box = replace(setup.feed.policy.crop_box, size=size)
+    feed = replace(setup.feed, where=where, policy=replace(setup.feed.policy, crop_box=crop_box))
+    layout = Layout.of(setup.config.model_copy(update={"optimizer": optimizer}), feed, 0, 10)
+    assert layout.block_rows == rows
+    assert layout.task_rows % rows == 0

@@ -9,7 +9,7 @@ from iwm_ray.config import DataConfig, RuntimeConfig
 from iwm_ray.data.decode import DecodeLimits
 from iwm_ray.data.index import Index
 from iwm_ray.finetune import main as finetune
-from iwm_ray.prediction import Predictor
+from iwm_ray.prediction import Labels, Predictor
 
 
 @pytest.mark.ray
@@ -35,7 +35,9 @@ def test_a_cluster_gives_the_rows_of_this_process(ray_cluster, clean_run, photo_
     found = [
         [
             row
-            for table in Predictor(adapter, "", index, DecodeLimits.from_config(data), runtime, 2).rows(names)
+            for table in Predictor(
+                adapter, "", Labels(names, 2), index, DecodeLimits.from_config(data), runtime
+            ).rows()
             for row in table.to_pylist()
         ]
         for runtime in (

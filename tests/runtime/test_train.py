@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -20,8 +21,10 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import psutil
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from iwm_ray import action_log
@@ -233,6 +236,46 @@ def test_a_killed_driver_loses_nothing(ray_cluster, clean_run, tiny_command, fol
     )
     assert_same_run(run, clean_run)
     assert {path.name for path in run.iterdir() if path.name.startswith(".")} == {".lock"}
+
+
+def test_a_sample_that_kills_its_decoder_is_set_aside_and_the_run_goes_on(tiny_command, folder, tmp_path):
+    """One photograph of 64 has a word in it at which the decoder of data tasks kills its process."""
+    code = """
+        import os, signal, sys
+        import simplejpeg
+        decode = simplejpeg.decode_jpeg
+        def ill(data, *words, **more):
+            frame, names = sys._getframe(), set()
+            while frame := frame.f_back:
+                names.add(frame.f_code.co_name)
+            if b"deadly" in bytes(data) and names & {"rows", "_taste"}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return decode(data, *words, **more)
+        simplejpeg.decode_jpeg = ill
+    """
+    (tmp_path / "ill").mkdir()
+    (tmp_path / "ill/sitecustomize.py").write_text(textwrap.dedent(code))
+    for i in range(64):
+        file = tmp_path / f"data/{i % 2}/{i:02d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (6, 6, 3), np.uint8)
+        Image.fromarray(pixels).resize((48, 48)).save(file)
+    file.write_bytes(file.read_bytes() + b"deadly")
+    options = {"--data.path": tmp_path / "data", "--schedule.steps": 4, "--data.max-bad-fraction": 0.1}
+    ended = subprocess.run(
+        [sys.executable, "-m", "iwm_ray.pretrain", *tiny_command(tmp_path / "run", options)],
+        env=environment(TMPDIR=str(folder), PYTHONPATH=f"{tmp_path / 'ill'}{os.pathsep}{REPOSITORY}"),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 2,
+    )
+    assert ended.returncode == 0, ended.stderr
+    (record,) = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
+    assert record["row_id"] == "1/63.jpg"
+    assert record["reason"] == "ends the process that decodes it (SIGKILL)"
+    logged = action_log.read(tmp_path / "run/actions")
+    assert logged.num_rows == 4 * 32
+    assert set(logged.filter(pc.field("error") != "")["row_id"].to_pylist()) == {"1/63.jpg"}
 
 
 # Submitted to a cluster

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from iwm_ray.config import MasksConfig
 from iwm_ray.errors import UsageError
+from iwm_ray.randomness import uniforms
 from iwm_ray.views.masks import Masks, MaskSampler
 
 GRID = (14, 14)
@@ -215,3 +216,72 @@ def test_impossible_settings_are_refused_in_one_line(config, grid, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(st.integers(1, 20), st.integers(1, 20)).filter(lambda grid: math.prod(grid) > 1),
+    st.data(),
+    st.integers(0, 10**6),
+)
+def test_random_masks_have_exact_counts_and_list_their_patches(grid, data, sample):
+    wanted = data.draw(st.integers(1, math.prod(grid) - 1))
+    sampler = MaskSampler.from_config(MasksConfig(style="random", num_target_tokens=wanted), grid)
+    masks = sampler.draw(0, np.zeros(3, np.int64), np.arange(sample, sample + 3))
+    assert masks.target_idx.shape == (3, wanted)
+    assert masks.target_idx.dtype == masks.context_idx.dtype == masks.blocks.dtype == np.int16
+    for target, context, blocks in zip(masks.target_idx, masks.context_idx, masks.blocks, strict=True):
+        assert (np.diff(target) > 0).all() and (np.diff(context) > 0).all()
+        assert sorted([*target, *context]) == list(range(math.prod(grid)))
+        assert (blocks[:, 2:] == 1).all()
+        np.testing.assert_array_equal(np.flatnonzero(painted(sampler, blocks)), target)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 10**6)), min_size=1, max_size=10), st.integers(0, 3)
+)
+def test_a_random_mask_is_that_of_its_sample_alone(keys, seed):
+    sampler = MaskSampler.from_config(MasksConfig(style="random"), GRID)
+    block = sampler.draw(seed, *np.array(keys, np.int64).T)
+    for row, key in enumerate(keys):
+        alone = sampler.draw(seed, *np.array([key], np.int64).T)
+        np.testing.assert_array_equal(block.target_idx[row], alone.target_idx[0])
+        np.testing.assert_array_equal(block.context_idx[row], alone.context_idx[0])
+
+
+def test_a_random_mask_is_the_slow_choice_of_the_smallest_numbers():
+    sampler = MaskSampler.from_config(MasksConfig(style="random"), (4, 4))
+    masks = draw(sampler, 20, seed=3)
+    for sample in range(20):
+        numbers = uniforms(3, 0, np.array([sample]), "mask_random", 16)[0].tolist()
+        smallest = sorted(range(16), key=lambda patch: numbers[patch])[:12]
+        assert masks.target_idx[sample].tolist() == sorted(smallest)
+
+
+def test_golden_random_masks():
+    """Committed values: a change of these changes every MAE run that anyone has recorded."""
+    sampler = MaskSampler.from_config(MasksConfig(style="random"), (4, 4))
+    masks = sampler.draw(5, np.array([0, 3]), np.array([7, 1_000_000]))
+    assert masks.context_idx.tolist() == [[6, 7, 12, 15], [1, 9, 11, 15]]
+
+
+def test_random_masks_take_three_quarters_and_any_patch_as_often_as_any_other():
+    sampler = MaskSampler.from_config(MasksConfig(style="random"), GRID)
+    assert (sampler.num_target_tokens, sampler.num_context_tokens) == (147, 49)  # He et al.: 75 %
+    chosen = targets(sampler, draw(sampler, 4000)).reshape(4000, -1).astype(float)
+    share = chosen.mean(axis=0)
+    assert np.abs(share - 0.75).max() < 5 * math.sqrt(0.75 * 0.25 / 4000)
+    # Neighbours are no likelier together than others: -1 / (n - 1) for any two, as without replacement.
+    beside = np.mean([np.corrcoef(chosen[:, i], chosen[:, i + 1])[0, 1] for i in range(0, 194, 2)])
+    assert abs(beside + 1 / 195) < 5 / math.sqrt(4000 * 97)
+
+
+def test_random_masks_ask_for_no_blocks_that_fit():
+    """Grids and counts that no rectangles would give."""
+    for grid, wanted in (((1, 2), 1), ((3, 3), 8), (GRID, 3)):
+        sampler = MaskSampler.from_config(MasksConfig(style="random", num_target_tokens=wanted), grid)
+        assert draw(sampler, 2).target_idx.shape == (2, wanted)
+    for wanted, grid in ((196, GRID), (0, (1, 1))):
+        with pytest.raises(UsageError, match=r"masks.num_target_tokens .* lower it$"):
+            MaskSampler.from_config(MasksConfig(style="random", num_target_tokens=wanted), grid)

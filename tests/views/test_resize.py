@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
-from iwm_ray.views.resize import _triangles, resize
+from iwm_ray.views.resize import _triangles, cykooz_resizer, resize, resize_in_numpy
 
 sides = st.integers(1, 90)
 
@@ -36,17 +36,47 @@ def test_photographs_stay_within_one_level_of_pillow_and_torch(photographs, size
 @settings(max_examples=40, deadline=None)
 @given(sides, sides, sides)
 def test_any_size_equals_the_dense_product_in_whole_numbers(height, width, size):
-    image = noise(height, width)
-    dense = []
-    for length in (height, width):
-        first, weights = _triangles(length, size)
+    pixels = noise(height, width).astype(np.int64)
+    for axis, length in enumerate((height, width)):
+        if length == size:
+            continue
+        first, weights, one = _triangles(length, size)
         matrix = np.zeros((size, length), np.int64)
         for row, tap in zip(*weights.nonzero(), strict=True):
-            matrix[row, first[row] + tap] = weights[row, tap] * 256
-        assert (matrix.sum(axis=1) == 256).all()
-        dense.append(matrix)
-    exact = np.einsum("rh,hwc,sw->rsc", dense[0], image.astype(np.int64), dense[1], optimize=True)
-    np.testing.assert_array_equal(resize(image, size), np.rint(exact / 256**2).astype(np.uint8))
+            matrix[row, first[row] + tap] = weights[row, tap]
+        assert np.abs(matrix.sum(axis=1) - one).max() <= weights.shape[1]
+        sums = np.moveaxis(np.tensordot(matrix, pixels, (1, axis)), 0, axis)
+        pixels = np.clip((sums + one // 2) // one, 0, 255)
+    np.testing.assert_array_equal(resize_in_numpy(noise(height, width), size), pixels.astype(np.uint8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sides, sides, sides, st.booleans())
+def test_both_makers_give_the_same_bits(height, width, size, extreme):
+    image = noise(height, width)
+    image = np.uint8(255) * (image > 127) if extreme else image
+    np.testing.assert_array_equal(resize_in_numpy(image, size), resize(image, size))
+
+
+def test_both_makers_give_the_same_bits_at_the_sizes_of_photographs(photographs):
+    for photo in photographs[:4]:
+        for size in (96, 224, 500):
+            np.testing.assert_array_equal(resize_in_numpy(photo, size), resize(photo, size))
+
+
+@pytest.mark.skipif(cykooz_resizer is None, reason="no cykooz_resizer on this machine")
+def test_instruction_sets_give_the_same_bits():
+    image = noise(331, 277)
+    options = cykooz_resizer.ResizeOptions(
+        cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear)
+    )
+    for instructions in cykooz_resizer.CpuExtensions:
+        resizer = cykooz_resizer.Resizer()
+        resizer.cpu_extensions = instructions
+        source = cykooz_resizer.ImageData(277, 331, cykooz_resizer.PixelType.U8x3, image.tobytes())
+        target = cykooz_resizer.ImageData(224, 224, cykooz_resizer.PixelType.U8x3)
+        resizer.resize(source, target, options)
+        assert target.get_buffer() == resize(image, 224).tobytes()
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,115 @@
+"""The samples that a run can't use: a file that all its data tasks share.
+
+What merely can't be decoded is noted, and tried again in the next epoch. What ends the process that decodes it (a bug
+in a decoder, no memory) would end every try. So a block leaves a mark while it is made; where a block finds its own
+mark, whoever made it before has died, and each of its images goes to another process first (data/taster.py). What
+ends that one is noted as deadly, and not touched again.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from iwm_ray.data.decode import DecodeLimits, Undecodable
+from iwm_ray.data.index import Index
+from iwm_ray.data.taster import deadly
+
+_MARKS = ".making"
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """JSON lines: `row_id`, `path`, `reason` and `deadly` of each bad sample."""
+
+    file: Path
+    """in the run directory, beside the marks"""
+
+    @contextlib.contextmanager
+    def making(self, block: int) -> Iterator[bool]:
+        """Marks a block as being made; gives whether an earlier attempt at it has died."""
+        mark, died = self.file.with_name(_MARKS) / f"{block:012d}", False
+        with contextlib.suppress(OSError):  # a full disk: the block is made without a mark
+            mark.parent.mkdir(exist_ok=True)
+            died = mark.exists()
+            mark.touch()
+        try:
+            yield died
+        finally:
+            with contextlib.suppress(OSError):
+                mark.unlink()
+
+    def clear_marks(self) -> None:
+        """Where a run has ended without a fault: what is left are blocks that nobody waited for."""
+        shutil.rmtree(self.file.with_name(_MARKS), ignore_errors=True)
+
+    def sift(
+        self,
+        index: Index,
+        samples: Sequence[int],
+        images: Sequence[bytes | Undecodable],
+        limits: DecodeLimits,
+        careful: bool,
+    ) -> list[bytes | Undecodable]:
+        """Takes the deadly ones out.
+
+        Args:
+            index: of the samples.
+            samples: their numbers.
+            images: their encoded bytes.
+            limits: of the decoder.
+            careful: look for deadly ones among those that are not known yet; a second and more.
+
+        Returns:
+            the images, with the reason in the place of each deadly one.
+        """
+        sifted, known = list(images), _known(self.file, _modified(self.file))
+        if not known and not careful:
+            return sifted
+        row_ids = [index.row_id(sample) for sample in samples]
+        for i, row_id in enumerate(row_ids):
+            if row_id in known:
+                sifted[i] = Undecodable(known[row_id])
+        if careful:
+            found = deadly(sifted, limits)
+            self.add(index, [samples[i] for i in found], list(found.values()), are_deadly=True)
+            for i, reason in found.items():
+                sifted[i] = Undecodable(reason)
+        return sifted
+
+    def add(
+        self, index: Index, samples: Sequence[int], reasons: Sequence[str], are_deadly: bool = False
+    ) -> None:
+        """Notes samples, each once: they come back in every epoch, and to any task on any node."""
+        with self.file.open("a+") as file:
+            with contextlib.suppress(OSError):  # storage without locks: a line may then stand there twice
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            known = {json.loads(line)["row_id"] for line in file if line.endswith("\n")}
+            for sample, reason in zip(samples, reasons, strict=True):
+                row_id = index.row_id(sample)
+                if row_id not in known:
+                    known.add(row_id)
+                    record = {"row_id": row_id, "path": index.path(sample), "reason": reason}
+                    file.write(json.dumps(record | {"deadly": are_deadly}) + "\n")
+
+
+def _modified(file: Path) -> int:
+    """Nanoseconds; 0 where there is no file."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(maxsize=2)
+def _known(file: Path, modified: int) -> dict[str, str]:
+    """The deadly samples of a file as it was at a time: row id -> reason."""
+    if not modified:
+        return {}
+    records = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return {record["row_id"]: record["reason"] for record in records if record.get("deadly")}

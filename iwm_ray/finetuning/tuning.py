@@ -1,0 +1,247 @@
+"""What all tunings share: arms, each a training of its own that workers can take up where another attempt left it."""
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from iwm_ray.errors import UsageError
+from iwm_ray.feed import Rows
+from iwm_ray.finetuning.arms import Arm, Family
+from iwm_ray.finetuning.fit import ArmRecord, Between, Fitted, Objective, TuneState, fit
+from iwm_ray.finetuning.model import Tuned
+from iwm_ray.finetuning.settings import TuningConfig, TuningRuntimeConfig
+from iwm_ray.loader import to_tensors
+from iwm_ray.model.encoder import Encoder
+from iwm_ray.run_directory import RunDirectory
+from iwm_ray.trained import Trained
+from iwm_ray.workers import OpenColumns, Outcome, Worker, begin, guarded, resume, shared
+
+Train = Callable[[Sequence[Arm]], bool]
+"""trains arms, whose results then are in the folder; False: it was stopped before the end"""
+
+
+def tokens_fit(encoder: Encoder, num_images: int, runtime: TuningRuntimeConfig) -> bool:
+    """Whether the tokens of so many images fit on the disk that is meant for them."""
+    num_bytes = 2 * num_images * encoder.grid[0] * encoder.grid[1] * encoder.width
+    return num_bytes <= runtime.token_gigabytes * 1e9
+
+
+@dataclass(frozen=True)
+class Tuning(ABC):
+    """A finetuning or a segmentation, resolved: small enough to travel to every worker."""
+
+    trained: Trained
+    config: TuningConfig
+    folder: Path
+    """RUN/finetune/NAME"""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Names all that decides the results but the arm: checkpoint, data, settings."""
+
+    @property
+    @abstractmethod
+    def families(self) -> list[Family]: ...
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """Images of a step, over all workers."""
+
+    @abstractmethod
+    def num_steps_of(self, arm: Arm) -> int:
+        """Optimizer steps of an arm."""
+
+    @abstractmethod
+    def assemble(self, arm: Arm) -> Tuned:
+        """The network of an arm before its training, on the CPU."""
+
+    @abstractmethod
+    def objective(self, arm: Arm) -> Objective:
+        """What an arm is trained for."""
+
+    @abstractmethod
+    def rows(self, arm: Arm) -> Rows:
+        """What an arm is trained on."""
+
+    @abstractmethod
+    def has_tokens(self, arm: Arm) -> bool:
+        """Whether an arm is trained on cached tokens, which each worker reads itself; else on images."""
+
+    @abstractmethod
+    def prepare(self, arms: Sequence[Arm]) -> None:
+        """Makes what several arms use, such as cached tokens, before any of them starts."""
+
+    @abstractmethod
+    def judge(self, arm: Arm, tuned: Tuned, fitted: Fitted) -> None:
+        """Measures a trained network, keeps it where it is to be kept, and marks the arm as finished."""
+
+    @abstractmethod
+    def is_finished(self, arm: Arm) -> bool:
+        """Whether an arm's result is there."""
+
+    @abstractmethod
+    def score(self, arm: Arm) -> float:
+        """Of a finished arm, on what it was judged on: the higher, the better."""
+
+    def run(self, train: Train) -> bool:
+        """Trains and measures what is not finished; False: stopped before the end.
+
+        First the arms that choose learning rates, on held-out training images, then those that are judged on the test
+        set.
+        """
+        for arms in (self.candidates, self.finals):
+            left = [arm for arm in arms() if not self.is_finished(arm)]
+            if left:
+                self.prepare(left)
+                if not train(left):
+                    return False
+        return True
+
+    def candidates(self) -> list[Arm]:
+        """The arms among whose learning rates the held-out images choose, of all families; none without a choice."""
+        return [arm for family in self.families for arm in self._candidates(family)]
+
+    def finals(self) -> list[Arm]:
+        """The arms that are judged on the test set; their rates have been chosen."""
+        return [
+            Arm(family.tune, family.start, family.tasks, seed, self._rate(family))
+            for family in self.families
+            for seed in self.config.seeds
+        ]
+
+    def planned(self) -> list[Arm]:
+        """Every arm of a fresh run; rates that are still to be chosen stand as the first of the grid."""
+        return self.candidates() + [
+            Arm(family.tune, family.start, family.tasks, seed, self.config.default_lr)
+            for family in self.families
+            for seed in self.config.seeds
+        ]
+
+    def _candidates(self, family: Family) -> list[Arm]:
+        grid = self.config.lr_grid if len(self.config.lr_grid) > 1 else ()
+        seed = self.config.seeds[0]
+        return [Arm(family.tune, family.start, family.tasks, seed, lr, True) for lr in grid]
+
+    def _rate(self, family: Family) -> float:
+        """The rate with the best score on held-out training images; the first of equals."""
+        candidates = self._candidates(family)
+        if not candidates:
+            return self.config.default_lr
+        return candidates[int(np.argmax([self.score(arm) for arm in candidates]))].lr
+
+    def num_images(self, arm: Arm) -> int:
+        """Images that an arm trains on, counted as often as they are seen."""
+        return self.num_steps_of(arm) * self.batch_size
+
+    def check_batch(self, is_normalised: bool) -> None:
+        """Checks that the batch can be shared.
+
+        Args:
+            is_normalised: whether a head normalises over the batch.
+
+        Raises:
+            UsageError: the workers can't share it, or it would be cut where it must be whole.
+        """
+        runtime = self.config.runtime
+        if is_normalised and runtime.accumulation_steps > 1:
+            raise UsageError(
+                f"runtime.accumulation_steps {runtime.accumulation_steps}: the head normalises over the whole batch; set "
+                "it to 1"
+            )
+        if self.batch_size % (runtime.num_workers * runtime.accumulation_steps):
+            raise UsageError(
+                f"--batch-size {self.batch_size}: is not divisible by runtime.num_workers {runtime.num_workers} x "
+                f"runtime.accumulation_steps {runtime.accumulation_steps}; give a multiple of it, no larger than the "
+                "training set"
+            )
+
+
+@dataclass(frozen=True)
+class ArmTraining:
+    """One arm, as workers train it."""
+
+    tuning: Tuning
+    arm: Arm
+
+    @property
+    def run(self) -> RunDirectory:
+        """The arm's own folder; checkpoints are there until it is finished."""
+        return RunDirectory(self.tuning.folder / "arms" / self.arm.name)
+
+    @property
+    def runtime(self) -> TuningRuntimeConfig:
+        return self.tuning.config.runtime
+
+    @property
+    def batch_size(self) -> int:
+        return self.tuning.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.tuning.num_steps_of(self.arm)
+
+    @cached_property
+    def feed(self) -> Rows | None:
+        """None: tokens lie on the disk, and each worker maps them."""
+        return None if self.tuning.has_tokens(self.arm) else self.tuning.rows(self.arm)
+
+    @property
+    def data_processes(self) -> int:
+        return self.runtime.data_workers
+
+
+def work(training: ArmTraining, worker: Worker, open_columns: OpenColumns) -> Outcome:
+    """Trains an arm from its newest valid checkpoint to the end; rank 0 alone writes, and measures at the end."""
+    return guarded(training.run, worker, lambda: _work(training, worker, open_columns))
+
+
+def _work(training: ArmTraining, worker: Worker, open_columns: OpenColumns) -> Outcome:
+    tuning, arm, run = training.tuning, training.arm, training.run
+    generation = begin(run, worker, training.runtime)
+    tuned = tuning.assemble(arm).to(worker.device)
+    record = ArmRecord(tuning=tuning.name, arm=arm.name)
+    state = TuneState.start(tuned, tuning.config, arm.start, arm.lr, record, training.total_steps)
+    found = resume(run, worker, state)
+    if found:
+        state.recall(found.state.extra)
+    columns = (
+        _own_columns(training, worker, state.step) if training.feed is None else open_columns(state.step)
+    )
+    batches = _checked(columns, training, worker, state.step)
+    between = Between(run, RunDirectory(tuning.folder), worker, state, training.batch_size, generation)
+    fit(state, batches, tuning.objective(arm), shared(tuned, worker, len(arm.tasks) == 1), worker, between)
+    if state.step < state.total_steps:
+        return Outcome("stopped", state.step)
+    if worker.rank == 0:
+        tuning.judge(arm, tuned, between.fitted(state))
+        shutil.rmtree(run.checkpoints)
+    return Outcome("finished", state.step)
+
+
+def _own_columns(training: ArmTraining, worker: Worker, start: int) -> Iterator[dict[str, Tensor]]:
+    """This worker's share of each batch, read here."""
+    rows, size = training.tuning.rows(training.arm), training.batch_size // worker.count
+    for step in range(start, training.total_steps):
+        first = step * training.batch_size + worker.rank * size
+        yield to_tensors(rows.rows(np.arange(first, first + size)))
+
+
+def _checked(
+    columns: Iterator[dict[str, Tensor]], training: ArmTraining, worker: Worker, step: int
+) -> Iterator[dict[str, Tensor]]:
+    """Refuses rows that are not the ones of this step."""
+    size = training.batch_size
+    for part in columns:
+        counters = part["counter"].unique()
+        if counters.div(size, rounding_mode="floor").ne(step).any() or len(counters) != size // worker.count:
+            raise RuntimeError(f"step {step} was handed the rows {counters.tolist()}")
+        yield part
+        step += 1
