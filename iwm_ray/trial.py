@@ -35,6 +35,7 @@ def run_trial(job: Job) -> None:
         UsageError, RunError: it failed; what it has done stays and counts in the next attempt.
     """
     run, seconds, config = job.run, {}, job.trial.config
+    is_first = not run.attempts.exists()
     begin = time.monotonic()
     outcome = train(config, run, job.tags)
     seconds["train"] = time.monotonic() - begin
@@ -49,7 +50,9 @@ def run_trial(job: Job) -> None:
         begin = time.monotonic()
         finetune_predictor(job, job.sweep.finetune)
         seconds["finetune"] = time.monotonic() - begin
-    job.directory.note_done(job.sweep, job.trial, {name: round(value, 2) for name, value in seconds.items()})
+    # A later attempt has done only the rest: its seconds are not those of the trial.
+    known = {name: round(value, 2) for name, value in seconds.items()} if is_first else {}
+    job.directory.note_done(job.sweep, job.trial, known)
 
 
 def train(config: Config, run: RunDirectory, tags: dict[str, str]) -> "Outcome":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from iwm_ray.run_directory import RunDirectory, read_lines, write_json
+from iwm_ray.run_directory import RunDirectory, write_json
 from iwm_ray.sweeping.space import Point, Sweep, Trial
 
 Status = Literal["finished", "stopped", "failed", "begun", "new"]
@@ -83,11 +83,8 @@ class SweepDirectory:
         return str(_read(self.run(trial_hash).summary).get("status", ""))
 
     def seconds(self, trial_hash: str) -> dict[str, float]:
-        """Part -> seconds that a finished trial took for it; nothing of a trial that was finished by several commands:
-        each knows its own part alone."""
-        run = self.run(trial_hash)
-        started_once = sum(1 for _ in read_lines(run.attempts)) == 1
-        return dict(_read(run.path / DONE).get("seconds", {})) if started_once else {}
+        """Part -> seconds of a finished trial; nothing of one that took several attempts."""
+        return dict(_read(self.run(trial_hash).path / DONE).get("seconds", {}))
 
     def note_done(
         self, sweep: Sweep, trial: Trial, seconds: dict[str, float], status: str = "finished"

@@ -118,6 +118,7 @@ def test_a_failing_trial_is_named_and_the_rest_is_done_once(ray_cluster, run_swe
     assert attempts(directory, done) == 1
     assert {directory.training(path.name) for path in directory.runs()} == {"finished"}
     assert "1 configurations with 2 seeds each; 2 of 2 trials are finished." in said
+    assert directory.seconds(done)["train"] > 0
     summary = json.loads(directory.run(done).summary.read_text())
     assert "mrr/mrr_low" in summary["metrics"]
     assert_nothing_is_left()
@@ -242,6 +243,7 @@ def test_a_killed_driver_loses_nothing(clean_run, tiny_command, tmp_path):
     assert process.returncode == 0, said
     (run,) = directory.runs()
     assert attempts(directory, run.name) == 2
+    assert directory.seconds(run.name) == {}
     ours, clean = (checkpoint.newest_valid(path / "checkpoints") for path in (run, clean_run))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (ours.path / name).read_bytes() == (clean.path / name).read_bytes()
