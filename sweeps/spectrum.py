@@ -18,7 +18,7 @@ control, with intervals (paper, IWM section 5: -0.85 for the linear probe, +0.93
 
 Cost: 36 trials; --dry-run says how long training, measuring and finetuning take on the machine at hand.
 Last result: a first small map of 12 trials (none at chance, feature and sequence above it, depth without effect); the 36
-trials on CIFAR-10 are under way, 4 done (docs/log.md, 2026-11-22).
+trials on CIFAR-10 are under way, 6 done (docs/log.md, 2026-11-22).
 """
 
 from iwm_ray.sweep import main
