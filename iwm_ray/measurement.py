@@ -51,7 +51,7 @@ from iwm_ray.run_directory import write_json
 from iwm_ray.runtime.measure import Arrays, Progress, Work, extract, in_order, work_device
 from iwm_ray.trained import Trained
 from iwm_ray.training.loop import autocast, uses_bfloat16
-from iwm_ray.views.resize import clean_view
+from iwm_ray.views.resize import CLEAN_VIEW, clean_view
 
 Metrics = dict[str, float]
 Rows = dict[str, NDArray[Any]]
@@ -227,7 +227,7 @@ class Measurement:
         )
         precision = uses_bfloat16(self.runtime, work_device(self.runtime))
         limits = asdict(self.limits)
-        facts = [_VERSION, task, self.trained.hash, settings, data, encoders, precision, limits]
+        facts = [_VERSION, CLEAN_VIEW, task, self.trained.hash, settings, data, encoders, precision, limits]
         facts += [] if self.settings.untrained else [TRAINED]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
