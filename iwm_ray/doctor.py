@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -43,11 +43,19 @@ def _main(arguments: Sequence[str]) -> None:
     command, _ = cli.parse_pretrain(arguments, "doctor", _DESCRIPTION)
     states = []
     for look in (libraries, devices, storage, ray, tracking):
-        for finding in look(command):
+        for finding in _found(look, command):
             states.append(finding.state)
             print(f"{finding.state:8} {finding.about:12} {finding.what}", flush=True)
     if "wrong" in states:
         raise RunError(f"{states.count('wrong')} of {len(states)} are wrong; mend them from the top")
+
+
+def _found(look: Callable[[Command], Iterator[Finding]], command: Command) -> Iterator[Finding]:
+    """What a look gives, also where what it looks with is missing itself."""
+    try:
+        yield from look(command)
+    except ImportError as error:
+        yield Finding("wrong", look.__name__, f"{error}; install what is missing")
 
 
 def libraries(command: Command) -> Iterator[Finding]:
@@ -139,7 +147,7 @@ def ray(command: Command) -> Iterator[Finding]:
         cluster.connect(command.config)
         folder = _existing(command.output or Path("runs"))
         cluster.check_shared_directory(folder)
-    except (UsageError, RunError) as error:
+    except (UsageError, RunError, OSError) as error:
         yield Finding("wrong", "Ray", str(error))
         return
     yield Finding("ok", "Ray", f"{address or 'a new cluster here'}: {offer}; every node runs our code")

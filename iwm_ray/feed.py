@@ -134,7 +134,10 @@ class Feed:
                 _log.warning("action log: rows from %d on not written (%s)", counters[0], error.strerror)
         if self.quarantine and any(reasons):
             bad = [i for i, reason in enumerate(reasons) if reason]
-            self.quarantine.add(self.index, samples[bad].tolist(), [reasons[i] for i in bad])
+            try:
+                self.quarantine.add(self.index, samples[bad].tolist(), [reasons[i] for i in bad])
+            except OSError as error:
+                _log.warning("quarantine: %d samples not noted (%s)", len(bad), error.strerror)
         return columns
 
     def image(self, sample: int) -> Image:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from iwm_ray.batch import Batch
+from iwm_ray.errors import RunError
 from iwm_ray.feed import Columns, Rows
 from iwm_ray.views.device import device_views
 from iwm_ray.views.policy import ViewPolicy
@@ -69,7 +70,19 @@ def local_columns(
         multiprocessing_context="spawn",
     )
     with _children_deaf_to_ctrl_c():
-        return iter(loader)
+        return _alive(iter(loader))
+
+
+def _alive(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):  # torch's words for a process that was killed
+            raise
+        raise RunError(
+            "a process that makes the views died, for lack of memory or over an image; the same command resumes the run "
+            "and looks for such an image first"
+        ) from None
 
 
 @contextmanager

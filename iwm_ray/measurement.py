@@ -63,7 +63,8 @@ ShowProgress = Callable[[str, str], Progress]
 TRAINED, UNTRAINED = "trained", "untrained"
 _IMAGES_AT_ONCE = 4  # banks of one part
 _HELD_OUT = 5  # one in five images of each class, where there are no test images
-_VERSION = 1  # goes up when the same settings would give other figures, so that no kept result is taken
+# Its number goes up when the same settings would give other figures, so that no kept result is taken.
+_VERSION = f"1 of {CLEAN_VIEW}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class TaskResult:
     """on which images, in words"""
     measured: dict[str, Metrics]
     """subject (`trained`, `untrained`, an encoder's name) -> metric -> value"""
+    version: str = ""
+    """of the measuring code"""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Measurement:
             for subject, metrics in measured.items()
         }
         settings, images = self.settings.model_dump(mode="json"), self._images(task, counts)
-        result = TaskResult(task, key, time.monotonic() - begin, settings, images, measured)
+        result = TaskResult(task, key, time.monotonic() - begin, settings, images, measured, _VERSION)
         self._write(result, rows)
         return result
 
@@ -181,6 +184,13 @@ class Measurement:
                 )
         if len(np.unique(self.train.labels[self.train.labels >= 0])) < 2:
             raise UsageError("data.path: all images are of one class; probes need two or more")
+        learned_from, _ = self._samples
+        labelled, classes = (self.train.labels[learned_from] >= 0).sum(), len(self.train.class_names)
+        if labelled < classes:
+            raise UsageError(
+                f"measure.train_images {self.settings.train_images}: {labelled} labelled training images are fewer than "
+                f"the {classes} classes of data.path; take more of them"
+            )
         if self.test:
             learned = [
                 self.train.class_names[number] for number in np.unique(self.train.labels) if number >= 0
@@ -227,7 +237,7 @@ class Measurement:
         )
         precision = uses_bfloat16(self.runtime, work_device(self.runtime))
         limits = asdict(self.limits)
-        facts = [_VERSION, CLEAN_VIEW, task, self.trained.hash, settings, data, encoders, precision, limits]
+        facts = [_VERSION, task, self.trained.hash, settings, data, encoders, precision, limits]
         facts += [] if self.settings.untrained else [TRAINED]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
@@ -364,6 +374,8 @@ class Measurement:
     def _write(self, result: TaskResult, rows: dict[str, Rows]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(f"{result.task}-*.parquet"):
+                stale.unlink()
             for name, columns in rows.items():
                 file = self.folder / f"{result.task}-{name}.parquet"
                 partial = file.with_name(f".{file.name}")
@@ -385,8 +397,9 @@ def _refuse_world_model(tasks: Sequence[TaskName]) -> None:
 
 
 def kept_result(trained: Trained, task: TaskName) -> TaskResult | None:
-    """What a whole (not a cheap) evaluation of this checkpoint has found; None where there was none."""
-    return read_result(results_folder(trained) / f"{task}.json")
+    """What a whole (not a cheap) evaluation of this checkpoint has found; None where there was none of this version."""
+    found = read_result(results_folder(trained) / f"{task}.json")
+    return found if found and found.version == _VERSION else None
 
 
 def results_folder(trained: Trained, cheap: bool = False, data: str = "") -> Path:

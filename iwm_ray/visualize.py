@@ -308,9 +308,10 @@ def _facts(subject: Subject) -> Mapping[str, str]:
     if subject.has_actions:
         facts["bank"] = f"{subject.num_views} views of each image"
     if "mrr/mrr" in newest:
-        facts["MRR at the end of training"] = (
-            f"{newest['mrr/mrr']:.3f} (chance {newest['mrr/chance']:.3f}; {trained.config.monitor.mrr_images} images, "
-            f"{trained.config.monitor.mrr_views} views)"
+        measured_anew = "mrr/num_views" in newest  # by an evaluation since the end of training
+        views = int(newest.get("mrr/num_views", trained.config.monitor.mrr_views))
+        facts["MRR of the evaluation" if measured_anew else "MRR at the end of training"] = (
+            f"{newest['mrr/mrr']:.3f} (chance {newest['mrr/chance']:.3f}; {views} views of each image)"
         )
     return facts
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from iwm_ray.data.decode import DecodeLimits, Undecodable
 from iwm_ray.data.index import Index
@@ -89,7 +90,10 @@ class Quarantine:
             with contextlib.suppress(OSError):  # storage without locks: a line may then stand there twice
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            known = {json.loads(line)["row_id"] for line in file if line.endswith("\n")}
+            text = file.read()
+            if text and not text.endswith("\n"):  # whoever wrote the last line has died over it
+                file.write("\n")
+            known = {record["row_id"] for record in _records(text)}
             for sample, reason in zip(samples, reasons, strict=True):
                 row_id = index.row_id(sample)
                 if row_id not in known:
@@ -111,5 +115,15 @@ def _known(file: Path, modified: int) -> dict[str, str]:
     """The deadly samples of a file as it was at a time: row id -> reason."""
     if not modified:
         return {}
-    records = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return {record["row_id"]: record["reason"] for record in records if record.get("deadly")}
+    return {
+        record["row_id"]: record["reason"] for record in _records(file.read_text()) if record.get("deadly")
+    }
+
+
+def _records(text: str) -> list[dict[str, Any]]:
+    """The whole lines; a torn one is passed over."""
+    records = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records

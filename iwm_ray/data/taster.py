@@ -12,20 +12,30 @@ from pathlib import Path
 from typing import BinaryIO
 
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
+from iwm_ray.errors import RunError
 
 _LENGTH_BYTES = 8
 _DONE = b"."
 
 
 def deadly(images: Sequence[bytes | Undecodable], limits: DecodeLimits) -> dict[int, str]:
-    """The place of each image that ended the taster, and how; what is no bytes is passed over."""
-    found, taster = {}, None
+    """The place of each image that ended two tasters, and how; what is no bytes is passed over.
+
+    Raises:
+        RunError: tasters don't even start.
+    """
+    found: dict[int, str] = {}
+    taster = None
     for i, data in enumerate(images):
         if isinstance(data, Undecodable):
             continue
         taster = taster or _start(limits)
+        if _survives(taster, data):
+            continue
+        how, taster = _how(taster), _start(limits)  # once more: the first may have died of something else
         if not _survives(taster, data):
-            found[i] = f"ends the process that decodes it ({_how(taster)})"
+            found[i] = f"ends the process that decodes it ({how})"
+            _how(taster)
             taster = None
     if taster:
         taster.communicate()
@@ -35,12 +45,19 @@ def deadly(images: Sequence[bytes | Undecodable], limits: DecodeLimits) -> dict[
 def _start(limits: DecodeLimits) -> "subprocess.Popen[bytes]":
     package = str(Path(__file__).parents[2])
     paths = [package, os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(  # noqa: S603
+    taster = subprocess.Popen(  # noqa: S603
         [sys.executable, "-m", "iwm_ray.data.taster", json.dumps(asdict(limits))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        start_new_session=True,  # the terminal's Ctrl-C is not an image's fault
     )
+    assert taster.stdout
+    if taster.stdout.read(1) != _DONE:
+        raise RunError(
+            f"a process that tries out images did not start ({_how(taster)}); is there memory for it?"
+        )
+    return taster
 
 
 def _survives(taster: "subprocess.Popen[bytes]", data: bytes) -> bool:
@@ -61,6 +78,8 @@ def _how(taster: "subprocess.Popen[bytes]") -> str:
 
 
 def _taste(incoming: BinaryIO, outgoing: BinaryIO, limits: DecodeLimits) -> None:
+    outgoing.write(_DONE)
+    outgoing.flush()
     while header := incoming.read(_LENGTH_BYTES):
         with suppress(Undecodable):
             decode(incoming.read(int.from_bytes(header, "big")), limits)

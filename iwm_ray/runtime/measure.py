@@ -138,7 +138,7 @@ def _on_ray(
     make: Callable[[], Work], parts: Sequence[Any], runtime: RuntimeConfig
 ) -> Generator[Arrays, None, None]:
     import ray.data  # not above: features can be measured where Ray is not installed
-    from ray.exceptions import RayActorError
+    from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.util.annotations import RayDeprecationWarning
 
     with (
@@ -163,7 +163,7 @@ def _on_ray(
     try:
         for row in results.iter_batches(batch_size=1, batch_format="pyarrow"):
             yield _unpacked(row)
-    except RayActorError:
+    except (RayActorError, OutOfMemoryError):
         raise RunError(
             f"a measuring worker died {_RETRIES + 1} times, perhaps for lack of memory; give fewer "
             "--runtime.num-workers"

@@ -12,6 +12,7 @@ from iwm_ray.data.decode import DecodeLimits, Undecodable
 from iwm_ray.data.index import Index
 from iwm_ray.data.quarantine import Quarantine
 from iwm_ray.data.taster import deadly
+from iwm_ray.errors import RunError
 
 LIMITS = DecodeLimits(background=(9, 8, 7))
 
@@ -91,3 +92,20 @@ def test_bad_samples_are_noted_once(index, tmp_path):
     assert (
         quarantine.sift(index, range(6), images, LIMITS, careful=False) == images
     )  # not deadly: tried again
+
+
+def test_a_torn_line_is_passed_over_and_closed(index, tmp_path):
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    quarantine.file.write_text('{"row_id": "0.jpg", "reas')
+    quarantine.add(index, [2], ["ends"], are_deadly=True)
+    quarantine.add(index, [2, 3], ["ends", "torn"])
+    assert len(quarantine.file.read_text().splitlines()) == 3
+    found = quarantine.sift(index, range(6), [b""] * 6, LIMITS, careful=False)
+    assert [isinstance(image, Undecodable) for image in found] == [False, False, True, False, False, False]
+
+
+def test_a_taster_that_cannot_start_condemns_no_image(jpeg, tmp_path, monkeypatch):
+    (tmp_path / "simplejpeg.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RunError, match="did not start"):
+        deadly([jpeg], LIMITS)
