@@ -64,7 +64,7 @@ TRAINED, UNTRAINED = "trained", "untrained"
 _IMAGES_AT_ONCE = 4  # banks of one part
 _HELD_OUT = 5  # one in five images of each class, where there are no test images
 # Its number goes up when the same settings would give other figures, so that no kept result is taken.
-_VERSION = f"1 of {CLEAN_VIEW}"
+VERSION = f"1 of {CLEAN_VIEW}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Measurement:
             for subject, metrics in measured.items()
         }
         settings, images = self.settings.model_dump(mode="json"), self._images(task, counts)
-        result = TaskResult(task, key, time.monotonic() - begin, settings, images, measured, _VERSION)
+        result = TaskResult(task, key, time.monotonic() - begin, settings, images, measured, VERSION)
         self._write(result, rows)
         return result
 
@@ -237,7 +237,7 @@ class Measurement:
         )
         precision = uses_bfloat16(self.runtime, work_device(self.runtime))
         limits = asdict(self.limits)
-        facts = [_VERSION, task, self.trained.hash, settings, data, encoders, precision, limits]
+        facts = [VERSION, task, self.trained.hash, settings, data, encoders, precision, limits]
         facts += [] if self.settings.untrained else [TRAINED]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
@@ -399,7 +399,7 @@ def _refuse_world_model(tasks: Sequence[TaskName]) -> None:
 def kept_result(trained: Trained, task: TaskName) -> TaskResult | None:
     """What a whole (not a cheap) evaluation of this checkpoint has found; None where there was none of this version."""
     found = read_result(results_folder(trained) / f"{task}.json")
-    return found if found and found.version == _VERSION else None
+    return found if found and found.version == VERSION else None
 
 
 def results_folder(trained: Trained, cheap: bool = False, data: str = "") -> Path:

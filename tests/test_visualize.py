@@ -10,7 +10,7 @@ from PIL import Image
 
 from iwm_ray import visualize
 from iwm_ray.config import Config
-from iwm_ray.measurement import TaskResult, results_folder
+from iwm_ray.measurement import VERSION, TaskResult, results_folder
 from iwm_ray.run_directory import write_json
 from iwm_ray.trained import Trained
 from iwm_ray.views.policy import ViewPolicy
@@ -137,7 +137,7 @@ def test_the_figures_of_an_evaluation_are_drawn(clean_run, tmp_path):
     }
     folder = results_folder(trained)
     folder.mkdir(parents=True)
-    write_json(folder / "action_r2.json", vars(TaskResult("action_r2", "", 1.0, {}, "", figures)))
+    write_json(folder / "action_r2.json", vars(TaskResult("action_r2", "", 1.0, {}, "", figures, VERSION)))
     subject = visualize._open(trained, options())
     r2, curves = visualize._record_parts(subject)
     assert (r2.name, curves.name) == ("action-r2", "curves")

@@ -75,9 +75,8 @@ def test_rows_are_those_of_the_feed(ray_cluster, make):
 @pytest.mark.parametrize(("size", "rows"), [(224, 128), (384, 64)])
 def test_a_column_of_a_block_fits_in_memory_that_is_used_again(make, where, size, rows):
     setup = make(1)
-    optimizer = setup.config.optimizer.model_copy(update={"global_batch_size": 256})
     crop_box = replace(setup.feed.policy.crop_box, size=size)
     feed = replace(setup.feed, where=where, policy=replace(setup.feed.policy, crop_box=crop_box))
-    layout = Layout.of(setup.config.model_copy(update={"optimizer": optimizer}), feed, 0, 10)
+    layout = Layout.of(feed, 256, 1, 0, 10)
     assert layout.block_rows == rows
     assert layout.task_rows % rows == 0

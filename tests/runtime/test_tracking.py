@@ -370,7 +370,7 @@ def test_everything_arrives_in_sqlite(database: Path, run: Path) -> None:
         file.write('{"step": 21, "time": 17')
     (run / "sheet.png").write_bytes(b"picture")
     config = make_config(f"sqlite:///{database}")
-    with Tracker(run, config, "name", {"iwm.group": "a b"}, say=quiet) as tracker:
+    with Tracker(run, config, "name", {"team": "a b"}, say=quiet) as tracker:
         tracker.log_picture(run / "sheet.png")
         tracker.log_dataset("photos", "d" * 40, "s3://key:canary@bucket/x", num_samples=12)
         assert tracker.finish(deadline_seconds=60)
@@ -386,7 +386,7 @@ def test_everything_arrives_in_sqlite(database: Path, run: Path) -> None:
     assert params["optimizer.global_batch_size"] == "2048"
     tags = dict(rows(database, "select key, value from tags"))
     assert tags["iwm.config_hash"] == config.hash()
-    assert tags["iwm.group"] == "a b"
+    assert tags["team"] == "a b"
     assert (tags["iwm.recipe"], tags["iwm.seed"]) == ("photos_tiny", "0")
     name, digest, source = rows(database, "select name, digest, dataset_source from datasets")[0]
     assert (name, digest, source) == ("photos", "d" * 36, '{"uri": "s3://bucket/x"}')
