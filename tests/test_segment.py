@@ -228,6 +228,17 @@ def test_the_rate_is_chosen_on_held_out_training_images(clean_run, shapes, tmp_p
     assert len(list((output / "adapters").iterdir())) == 1
 
 
+def test_a_batch_without_a_readable_image_is_passed_over(clean_run, shapes, tmp_path):
+    root = tmp_path / "shapes"
+    shutil.copytree(shapes, root)
+    for number in (0, 1, 14, 15):  # all of the last batch; and the first two files
+        (root / f"images/val/{number:02}.jpg").write_bytes(b"no picture")
+    options = ["--steps", 1, "--batch-size", 1, "--seeds", 0, "--tune", "encoder", "--head", "linear"]
+    assert segment(clean_run, *data(root), *options, "--output", tmp_path / "out") == 0
+    (counts,) = (tmp_path / "out/arms").glob("*.npy")
+    assert len(np.load(counts)) == 12
+
+
 def test_a_dry_run_creates_nothing(clean_run, shapes, tmp_path, capsys):
     groups = tmp_path / "groups.json"
     groups.write_text(json.dumps({"ground": [0], "shape": [1, 2]}))

@@ -130,29 +130,81 @@ class ImageRows:
 
 
 @dataclass(frozen=True)
-class TokenRows:
-    """Tokens of a frozen encoder, computed once; with flips, those of the mirrored images too."""
+class Tokens:
+    """Tokens of a frozen encoder, computed once, found by the numbers of their samples."""
 
     plain: Features
+    """of the images; what could not be decoded is not among them"""
     flipped: Features | None = None
+    """of the mirrored images; None: none is ever asked for"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an image's tokens, `(n, d)`."""
+        return tuple(self.plain.values.shape[1:])
+
+    def read(
+        self, samples: NDArray[np.int64], turned: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Some images' tokens.
+
+        Args:
+            samples: `[b]` sample numbers in the index.
+            turned: `[b]` whether the mirrored image is meant.
+
+        Returns:
+            `[b n d]`, 0 where the image could not be decoded, and `[b]` whether it could.
+        """
+        tokens = np.zeros((len(samples), *self.shape), np.float32)  # float16 on the disk
+        readable = np.zeros(len(samples), np.bool_)
+        for features, numbers, meant in zip(
+            (self.plain, self.flipped), self._places, (~turned, turned), strict=True
+        ):
+            if features is None:
+                continue
+            at = np.array([numbers.get(int(sample), -1) for sample in samples])
+            there = meant & (at >= 0)
+            tokens[there] = features.values[at[there]]
+            readable |= there
+        return tokens, readable
+
+    @cached_property
+    def _places(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Sample number -> row, of each of the two."""
+        plain, flipped = (
+            {} if features is None else {int(sample): place for place, sample in enumerate(features.samples)}
+            for features in (self.plain, self.flipped)
+        )
+        return plain, flipped
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Tokens in place of images."""
+
+    samples: NDArray[np.int64]
+    """`[k]` sample numbers in the index"""
+    labels: NDArray[np.int64]
+    """`[k]` classes of the task, 0 and more"""
+    tokens: Tokens
+    """of these images, and perhaps of others"""
     flip_probability: float = 0.0
 
     def __len__(self) -> int:
-        return len(self.plain.labels)
+        return len(self.samples)
 
     @property
     def view_bytes(self) -> int:
         """Bytes of an image's tokens."""
-        return 4 * int(np.prod(self.plain.values.shape[1:]))
+        return 4 * int(np.prod(self.tokens.shape))
 
     def rows(self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int) -> Drawn:
-        samples = self.plain.samples[places]
-        tokens = self.plain.values[places].astype(np.float32)  # float16 on the disk
-        if self.flipped is not None:
+        samples = self.samples[places]
+        turned = np.zeros(len(places), np.bool_)
+        if self.flip_probability:
             turned = _draws(seed, epochs, samples)[:, 1] < self.flip_probability
-            tokens[turned] = self.flipped.values[places[turned]]
-        labels, readable = torch.from_numpy(self.plain.labels[places]), np.ones(len(places), np.bool_)
-        return Drawn(torch.from_numpy(tokens), labels, samples, readable)
+        tokens, readable = self.tokens.read(samples, turned)
+        return Drawn(torch.from_numpy(tokens), torch.from_numpy(self.labels[places]), samples, readable)
 
 
 def _draws(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -292,6 +344,9 @@ def encode(encoder: FrozenEncoder, images: Images, batch_size: int = _READ_AT_ON
         encoder: whose tokens.
         images: as they are.
         batch_size: images in one forward pass.
+
+    Raises:
+        RunError: none of the images can be read.
     """
     model, reader = encoder.load(), Reader(images.index)
     values, samples = [], []
@@ -309,22 +364,27 @@ def encode(encoder: FrozenEncoder, images: Images, batch_size: int = _READ_AT_ON
             if found:
                 values.append(model.tokens(torch.stack(views))[0].numpy())
                 samples.append(np.array(found))
+    if not values:
+        raise RunError(f"not one of the {len(images.samples)} images could be decoded; look at the data")
     known = np.concatenate(samples)
     labels, names = images.index.labels[known].astype(np.int64), images.index.class_names
     return Features(np.concatenate(values), labels, known, names, encoder.hash)
 
 
 def in_order(split: Split, batch_size: int) -> Iterator[Drawn]:
-    """Every readable row once, for measuring.
+    """Every readable row once, for measuring; a batch is never empty.
 
     Raises:
-        RunError: none of the images of a whole batch can be read.
+        RunError: none of the images can be read.
     """
+    is_empty = True
     for places in _in_parts(len(split), batch_size):
         drawn = split.rows(places, np.zeros_like(places), 0).readable_only()
-        if not len(drawn.labels):
-            raise RunError(f"not one of {len(places)} images in turn could be decoded; look at the data")
-        yield drawn
+        if len(drawn.labels):
+            is_empty = False
+            yield drawn
+    if is_empty:
+        raise RunError(f"not one of the {len(split)} images could be decoded; look at the data")
 
 
 def _in_parts(count: int, size: int) -> Iterator[NDArray[np.int64]]:

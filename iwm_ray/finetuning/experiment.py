@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from iwm_ray.build import cache_folder
+from iwm_ray.data.index import Index
 from iwm_ray.errors import UsageError
 from iwm_ray.evaluation.encoders import RunEncoder
 from iwm_ray.evaluation.features import Features, model_device
@@ -24,6 +25,7 @@ from iwm_ray.finetuning.data import (
     Steps,
     Task,
     TokenRows,
+    Tokens,
     alternate,
     encode,
     open_tasks,
@@ -45,8 +47,8 @@ class Experiment(Tuning):
     tasks: dict[str, Task]
     extract: Extract = encode
     """how cached tokens are made: `encode` in this process, or what the runtime offers"""
-    _tokens: dict[str, Features] = field(default_factory=dict)
-    """what has been extracted so far"""
+    _tokens: dict[tuple[str, Index, bytes], Features] = field(default_factory=dict)
+    """what has been extracted so far: by encoder, data set and choice of its samples"""
 
     @classmethod
     def open(
@@ -230,17 +232,16 @@ class Experiment(Tuning):
 
     def _cached(self, whole: ImageRows, part: ImageRows, flip_probability: float) -> TokenRows:
         """Tokens of some rows of a split whose tokens are extracted whole, once."""
-        plain = _select(self._features(whole, mirrored=False), part)
-        if not flip_probability:
-            return TokenRows(plain)
-        return TokenRows(plain, _select(self._features(whole, mirrored=True), part), flip_probability)
+        flipped = self._features(whole, mirrored=True) if flip_probability else None
+        tokens = Tokens(self._features(whole, mirrored=False), flipped)
+        return TokenRows(part.samples, part.labels, tokens, flip_probability)
 
     def _features(self, rows: ImageRows, mirrored: bool) -> Features:
         encoder = RunEncoder(self.trained, self.config.encoder, for_predictor=True, mirrored=mirrored)
-        name = f"{encoder.hash} {rows.index.hash} {len(rows)}"
-        if name not in self._tokens:
-            self._tokens[name] = self.extract(encoder, rows)
-        return self._tokens[name]
+        key = (encoder.hash, rows.index, rows.samples.tobytes())
+        if key not in self._tokens:
+            self._tokens[key] = self.extract(encoder, rows)
+        return self._tokens[key]
 
     @property
     def asking(self) -> Asking:
@@ -260,15 +261,6 @@ def by_family(results: dict[Arm, ArmResult]) -> Iterator[tuple[Family, list[ArmR
     """Results of the same family, in the order of their seeds."""
     for family in dict.fromkeys(arm.family for arm in results):
         yield family, [result for arm, result in results.items() if arm.family == family]
-
-
-def _select(features: Features, rows: ImageRows) -> Features:
-    """The features of these rows alone, labelled as they are: in the classes of the task, not of the index."""
-    places = {int(sample): place for place, sample in enumerate(rows.samples)}
-    found = np.array([places.get(int(sample), -1) for sample in features.samples])
-    kept = found >= 0
-    values = features.values if kept.all() else features.values[kept]
-    return replace(features, values=values, labels=rows.labels[found[kept]], samples=features.samples[kept])
 
 
 def _name(trained: Trained, config: FinetuneConfig, tasks: dict[str, Task]) -> str:

@@ -20,8 +20,8 @@ from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
 from iwm_ray.data.read import Reader
 from iwm_ray.errors import UsageError
-from iwm_ray.evaluation.features import Features
 from iwm_ray.feed import Columns
+from iwm_ray.finetuning.data import Tokens
 from iwm_ray.randomness import uniforms
 from iwm_ray.segmentation.settings import SegmentAugmentConfig, SegmentConfig
 from iwm_ray.views.resize import resize
@@ -148,8 +148,8 @@ class PairSteps:
     pairs: Pairs
     batch_size: int
     seed: int
-    tokens: tuple[Features, ...] = ()
-    """of the images and, with flips, of their mirror images; empty: images are read"""
+    tokens: Tokens | None = None
+    """None: images are read"""
 
     @property
     def row_bytes(self) -> int:
@@ -165,29 +165,13 @@ class PairSteps:
         """`[b]` counters -> `counter [b]`, `inputs [b 3 s s]` or `[b n d]` float32, `labels [b s s]` (see Pairs.read)."""
         plan = Plan(self.seed, len(self.pairs), self.batch_size)
         places, epochs = plan.samples(counters), plan.locate(counters)[0]
-        if self.tokens:
+        if self.tokens is not None:
             masks, flipped = self.pairs.read_masks(places, epochs, self.seed)
-            inputs = self._read_tokens(places, masks, flipped)
+            inputs, readable = self.tokens.read(self.pairs.samples[places], flipped)
+            masks[~readable] = IGNORED
             return {"counter": counters, "inputs": inputs, "labels": masks}
         images, classes, _ = self.pairs.read(places, epochs, self.seed)
         return {"counter": counters, "inputs": images.numpy(), "labels": classes.numpy()}
-
-    def _read_tokens(
-        self, places: NDArray[np.int64], masks: NDArray[np.uint8], flipped: NDArray[np.bool_]
-    ) -> NDArray[np.float32]:
-        """`[b n d]`; where an image could not be decoded 0, and its mask becomes IGNORED."""
-        inputs = np.zeros((len(places), *self.tokens[0].values.shape[1:]), np.float32)
-        for i, sample in enumerate(self.pairs.samples[places]):
-            at = self._place_of.get(int(sample))
-            if at is None:
-                masks[i] = IGNORED
-            else:
-                inputs[i] = self.tokens[int(flipped[i])].values[at]
-        return inputs
-
-    @cached_property
-    def _place_of(self) -> dict[int, int]:
-        return {int(sample): place for place, sample in enumerate(self.tokens[0].samples)}
 
 
 def cut(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.features import Features
 from iwm_ray.finetuning.arms import Arm, Family
-from iwm_ray.finetuning.data import Extract, encode
+from iwm_ray.finetuning.data import Extract, Tokens, encode
 from iwm_ray.finetuning.experiment import cache_of
 from iwm_ray.finetuning.fit import Fitted
 from iwm_ray.finetuning.model import Start, Tuned
@@ -42,8 +42,8 @@ class Segmentation(Tuning):
     """name of the data, in metrics and of the folder"""
     extract: Extract = encode
     """how cached tokens are made: `encode` in this process, or what the runtime offers"""
-    _tokens: dict[str, Features] = field(default_factory=dict)
-    """what has been extracted so far"""
+    _tokens: dict[bool, Features] = field(default_factory=dict)
+    """what has been extracted so far: of the images, and of their mirror images"""
 
     @classmethod
     def open(
@@ -117,7 +117,7 @@ class Segmentation(Tuning):
 
     def rows(self, arm: Arm) -> PairSteps:
         train, _ = self._splits(arm)
-        tokens = self._features() if self.has_tokens(arm) else ()
+        tokens = self._features() if self.has_tokens(arm) else None
         return PairSteps(replace(train, augment=self.config.augment), self.batch_size, arm.seed, tokens)
 
     def _splits(self, arm: Arm) -> tuple[Pairs, Pairs]:
@@ -142,15 +142,16 @@ class Segmentation(Tuning):
         if any(map(self.has_tokens, arms)):
             self._features()
 
-    def _features(self) -> tuple[Features, ...]:
+    def _features(self) -> Tokens:
         """Tokens of the training images and, with flips, of their mirror images."""
-        found = []
-        for mirrored in (False, True) if self.config.augment.flip_probability else (False,):
+        flips = self.config.augment.flip_probability
+        return Tokens(self._extracted(False), self._extracted(True) if flips else None)
+
+    def _extracted(self, mirrored: bool) -> Features:
+        if mirrored not in self._tokens:
             encoder = WholeEncoder(self.trained, self.config.encoder, self.train.size, mirrored)
-            if encoder.hash not in self._tokens:
-                self._tokens[encoder.hash] = self.extract(encoder, self.train)
-            found.append(self._tokens[encoder.hash])
-        return tuple(found)
+            self._tokens[mirrored] = self.extract(encoder, self.train)
+        return self._tokens[mirrored]
 
     def judge(self, arm: Arm, tuned: Tuned, fitted: Fitted) -> None:
         """Counts right pixels; keeps, of the first seed, predictions for the picture and, but for controls, the
@@ -211,8 +212,14 @@ class Segmentation(Tuning):
 
     @property
     def pictured_places(self) -> NDArray[np.int64]:
-        """The test images of the picture."""
-        return np.arange(min(NUM_PICTURED, len(self.test)))
+        """The test images of the picture: the first that can be decoded."""
+        found: list[int] = []
+        for place in range(len(self.test)):
+            if len(found) == NUM_PICTURED:
+                break
+            at = np.array([place])
+            found += [place] * int(self.test.read(at, np.zeros_like(at), 0)[2].sum())
+        return np.array(found, np.int64)
 
     def pictured(self, family: Family) -> Path:
         """The predictions of a family's first seed for these images."""

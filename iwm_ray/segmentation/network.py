@@ -158,11 +158,11 @@ def pixel_loss(predicted: Tensor, classes: Tensor) -> Tensor:
 def predict(
     tuned: Tuned, pairs: Pairs, places: NDArray[np.int64], action_dim: int, runtime: RuntimeConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Readable images `[b 3 s s]` uint8, their classes `[b s s]` and the predicted ones, all on the CPU."""
+    """Readable images `[b 3 s s]` uint8, their classes `[b s s]` and the predicted ones, all on the CPU; b may be 0."""
     images, classes, readable = pairs.read(places, np.zeros_like(places), 0)
     images, classes = images[readable], classes[readable]
     if not len(images):
-        raise RunError(f"not one of {len(places)} images in turn could be decoded; look at the data")
+        return images, classes, classes.long()
     device = model_device(tuned)
     with measuring(tuned), autocast(runtime, device):
         predicted = logits(tuned, images.to(device), action_dim, pairs.size).argmax(1).cpu()
@@ -170,7 +170,11 @@ def predict(
 
 
 def measure(tuned: Tuned, pairs: Pairs, config: SegmentConfig, action_dim: int) -> NDArray[np.int64]:
-    """`[k 3 c]` of each readable image: pixels of each class that are right, that are predicted, that there are."""
+    """`[k 3 c]` of each readable image: pixels of each class that are right, that are predicted, that there are.
+
+    Raises:
+        RunError: none of the images can be read.
+    """
     runtime, num_classes = config.runtime, len(pairs.classes.names)
     counts = []
     for first in range(0, len(pairs), config.batch_size):
@@ -180,6 +184,8 @@ def measure(tuned: Tuned, pairs: Pairs, config: SegmentConfig, action_dim: int) 
             count_pixels(found.numpy(), asked.numpy(), num_classes)
             for found, asked in zip(predicted, classes, strict=True)
         ]
+    if not counts:
+        raise RunError(f"not one of the {len(pairs)} images could be decoded; look at the data")
     return np.stack(counts)
 
 

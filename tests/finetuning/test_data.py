@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_ray.errors import UsageError
+from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.encoders import RunEncoder
 from iwm_ray.finetuning.data import (
     Drawn,
     Steps,
     TokenRows,
+    Tokens,
     alternate,
     encode,
     in_order,
@@ -57,8 +58,14 @@ def test_two_data_sets_of_one_name():
         named_paths("data.path", ["/a/x", "/b/x"])
 
 
+def cached(rows, tokens, flip_probability=0.0):
+    return TokenRows(rows.samples, rows.labels, tokens, flip_probability)
+
+
 def test_tokens_computed_once_are_those_of_the_images(task, model, trained):
-    tokens = TokenRows(encode(RunEncoder(trained, for_predictor=True), task.train, batch_size=7))
+    tokens = cached(
+        task.train, Tokens(encode(RunEncoder(trained, for_predictor=True), task.train, batch_size=7))
+    )
     drawn, images = tokens.rows(FIRST, ZERO, 0), task.train.rows(FIRST, ZERO, 0)
     with torch.no_grad():
         torch.testing.assert_close(drawn.inputs, model.target_encoder(images.inputs), atol=1e-5, rtol=1e-4)
@@ -72,12 +79,21 @@ def test_cached_and_streamed_flips_are_the_same(task, model, trained):
         for mirrored in (False, True)
     )
     epochs = np.array([0, 1] * 4)
-    cached = TokenRows(plain, flipped, 0.5).rows(FIRST, epochs, 3)
+    ours = cached(task.train, Tokens(plain, flipped), 0.5).rows(FIRST, epochs, 3)
     streamed = replace(task.train, augment=flip).rows(FIRST, epochs, 3)
     with torch.no_grad():
         expected = model.target_encoder(streamed.inputs)
-    torch.testing.assert_close(cached.inputs, expected, atol=1e-5, rtol=1e-4)
-    assert not torch.equal(cached.inputs, TokenRows(plain).rows(FIRST, epochs, 3).inputs)
+    torch.testing.assert_close(ours.inputs, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(ours.inputs, cached(task.train, Tokens(plain)).rows(FIRST, epochs, 3).inputs)
+
+
+def test_rows_of_tokens_stay_where_the_disk_has_them(task, trained):
+    """No part of them is copied to memory but those that are asked for."""
+    plain = encode(RunEncoder(trained, for_predictor=True), task.train)
+    part = task.train.part(5, 15)
+    rows = cached(part, Tokens(plain))
+    assert len(rows) == 10 and rows.tokens.plain.values is plain.values
+    np.testing.assert_array_equal(rows.rows(FIRST, ZERO, 0).inputs, plain.values[5:13])
 
 
 class Numbers:
@@ -182,7 +198,23 @@ def test_an_unreadable_image_is_left_out(tmp_path, task, trained):
     assert sorted(columns["weight"]) == [0, 1, 1, 1, 1, 1, 1]
     assert not columns["inputs"][columns["weight"] == 0].any()
     assert sum(len(drawn.labels) for drawn in in_order(found.train, 4)) == 6
-    assert len(encode(RunEncoder(trained), found.train).labels) == 6
+    # Batches of one: the empty one is passed over.
+    assert [len(drawn.labels) for drawn in in_order(found.train, 1)] == [1] * 6
+    (place,) = (
+        number for number in range(7) if not found.train.rows(np.array([number]), ZERO[:1], 0).readable
+    )
+    with pytest.raises(RunError, match="not one of the 1 images"):
+        list(in_order(found.train.part(place, place + 1), 4))
+    tokens = encode(RunEncoder(trained, for_predictor=True), found.train)
+    assert len(tokens.labels) == 6
+    # Cached tokens have the same rows in the same batches as the images.
+    cached_columns = Steps((cached(found.train, Tokens(tokens)),), np.zeros(1, np.int64), 7, 0).rows(
+        np.arange(7)
+    )
+    for name in ("labels", "weight"):
+        np.testing.assert_array_equal(cached_columns[name], columns[name])
+    assert not cached_columns["inputs"][columns["weight"] == 0].any()
+    assert sum(len(drawn.labels) for drawn in in_order(cached(found.train, Tokens(tokens)), 1)) == 6
 
 
 def test_choices_are_fixed_and_a_smaller_one_begins_the_larger(trained, config, task, tmp_path):

@@ -65,7 +65,7 @@ def test_the_test_images_choose_nothing(experiment, task):
         (train,), (judged,) = asked._splits(choice)
         (whole,), (test,) = asked._splits(replace(choice, is_choice=False))
         seen, held, all_of_them, tested = (
-            set((rows.plain if cached else rows).samples.tolist()) for rows in (train, judged, whole, test)
+            set(rows.samples.tolist()) for rows in (train, judged, whole, test)
         )
         assert not seen & held and seen | held == all_of_them == set(task.train.samples.tolist())
         assert len(held) == 4 and tested == set(task.test.samples.tolist())
@@ -73,8 +73,15 @@ def test_the_test_images_choose_nothing(experiment, task):
 
 def test_tokens_carry_the_labels_of_the_task(experiment, task):
     (_,), (test,) = experiment._splits(Arm("predictor", "random", ("photos_tiny",), 0, 1e-3))
-    assert np.array_equal(test.plain.labels, task.test.labels)
-    assert np.array_equal(test.plain.samples, task.test.samples)
+    assert np.array_equal(test.labels, task.test.labels)
+    assert np.array_equal(test.samples, task.test.samples)
+
+
+def test_another_choice_of_images_has_its_own_tokens(experiment, task):
+    """Of one data set as many images, but others."""
+    first, second = (experiment._features(task.train.part(*part), False) for part in ((0, 10), (10, 20)))
+    assert first.samples.tolist() == task.train.samples[:10].tolist()
+    assert second.samples.tolist() == task.train.samples[10:20].tolist()
 
 
 @pytest.mark.parametrize(
