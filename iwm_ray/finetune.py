@@ -55,11 +55,11 @@ def finetune(experiment: "Experiment", stop: "Stop | None" = None, debug: bool =
     with RunDirectory(experiment.folder).lock():
         experiment.start()
         tuning_driver.run(experiment, stop, debug)
-        found = summary.summarise(experiment.results(), experiment.tasks)
+        found = summary.summarise(experiment.results(), experiment.tasks, experiment.config.ways)
         found |= {"status": "finished", "step": experiment.trained.step}
         write_json(experiment.folder / "summary.json", found)
         _draw(experiment, found)
-        files = ("summary.json", "efficiency.png")
+        files = ("config.json", "summary.json", "efficiency.png")
         tuning_driver.track(experiment, found["metrics"], files)
     print("\n".join(summary.lines(found)))
     print(f"summary      {experiment.folder / 'summary.json'}")

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from iwm_ray.build import cache_folder
+from iwm_ray.config import flat
 from iwm_ray.data.index import Index
 from iwm_ray.errors import UsageError
 from iwm_ray.exporting import ONNX_FILE, TORCH_FILE, Exported, Format
+from iwm_ray.finetuning.adapter import FACTS
 from iwm_ray.run_directory import read_lines
 from iwm_ray.trained import Trained
 
@@ -132,21 +134,26 @@ def _training(trained: Trained) -> str:
 
 
 def _adapter(folder: Path) -> str:
-    facts = _json(folder / "adapter.json")
-    tuned = _json(folder.parent.parent / "config.json")
-    metrics = _json(folder.parent.parent / "summary.json").get("metrics", {})
+    """What the adapter's own training has written."""
+    facts, own = _json(folder / FACTS), _json(folder.parent.parent / "arms" / f"{folder.name}.json")
+    settings, seed = own.get("settings", {}), own.get("arm", {}).get("seed", "unknown")
     tasks = "\n".join(
         f"- task `{name}`, {len(names)} classes: {', '.join(names)}" for name, names in facts["tasks"].items()
     )
-    paths = {key: tuned.get("data", {}).get(key, []) for key in ("path", "test_path")}
+    paths = {key: settings.get("data", {}).get(key, []) for key in ("path", "test_path")}
+    values = "\n".join(f"{name} = {json.dumps(value)}" for name, value in flat(settings).items())
     return f"""\
 ## Finetuning
 
-- adapter: `{folder.name}`, head {facts["head"]}, {facts["encoder"]} encoder
+- adapter: `{folder.name}`, head {facts["head"]}, {facts["encoder"]} encoder, seed {seed}
 - data: `{" ".join(paths["path"]) or "not recorded"}`, tested on `{" ".join(paths["test_path"]) or "not recorded"}`
 {tasks}
 
-{_table(metrics, {})}"""
+```
+{values or "settings not recorded"}
+```
+
+{_table(own.get("figures", {}), {})}"""
 
 
 def _figures(trained: Trained) -> str:

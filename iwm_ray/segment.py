@@ -57,16 +57,22 @@ def segment(segmentation: "Segmentation", stop: "Stop | None" = None, debug: boo
     with RunDirectory(folder).lock():
         segmentation.start()
         tuning_driver.run(segmentation, stop, debug)
-        found: dict[str, Any] = summary.summarise(
-            segmentation.counts(), segmentation.train.classes.names, segmentation.task
+        names, ways, counts = (
+            segmentation.train.classes.names,
+            segmentation.config.ways,
+            segmentation.counts(),
         )
-        found |= {"status": "finished", "step": segmentation.trained.step, "arms": segmentation.costs()}
+        found = summary.summarise(counts, names, segmentation.task, ways)
+        found |= {"status": "finished", "step": segmentation.trained.step}
+        found["efficiency"] = summary.efficiency(segmentation.costs(), counts, found["metrics"], ways)
         write_json(folder / "summary.json", found)
-        picture = _draw(segmentation)
-        tuning_driver.track(segmentation, found["metrics"], ("summary.json", picture.name))
+        pictures = (_draw(segmentation), _draw_efficiency(segmentation, found["efficiency"]))
+        files = ("config.json", "summary.json", *(picture.name for picture in pictures))
+        tuning_driver.track(segmentation, found["metrics"], files)
     print("\n".join(summary.lines(found)))
     print(f"summary      {folder / 'summary.json'}")
-    print(f"picture      {picture}")
+    for picture in pictures:
+        print(f"picture      {picture}")
     for path in sorted((folder / "adapters").glob("*/")):
         print(f"segmenter    {path}")
 
@@ -99,13 +105,22 @@ def _draw(segmentation: "Segmentation") -> Path:
     }
     predicted = {
         f"{family.tune}:{words[family.start]}": np.load(segmentation.pictured(family))
-        for family in segmentation.families
+        for family in segmentation.counts()
     }
     title = f"{segmentation.task}: what was tuned, and what it makes of test images"
     pixels, names = images[readable].permute(0, 2, 3, 1).numpy(), segmentation.train.classes.names
     figure = segmentation_sheet(pixels, truth[readable].long().numpy(), predicted, names, title)
     figure.savefig(segmentation.folder / "predictions.png")
     return segmentation.folder / "predictions.png"
+
+
+def _draw_efficiency(segmentation: "Segmentation", rows: list[dict[str, Any]]) -> Path:
+    from iwm_ray.pictures.efficiency import accuracy_against_parameters
+
+    title = f"Segmentation by {segmentation.trained.config.recipe}, step {segmentation.trained.step}"
+    path = segmentation.folder / "efficiency.png"
+    accuracy_against_parameters(rows, title, "miou", "mIoU").savefig(path)
+    return path
 
 
 if __name__ == "__main__":

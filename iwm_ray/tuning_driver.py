@@ -108,6 +108,8 @@ def train_arm(tuning: Tuning, arm: Arm) -> Outcome:
     training.run.failure.unlink(missing_ok=True)
     with _tracker(training) as tracker:
         outcome = driver.train(training, work)
+        if outcome.status == "finished":
+            MetricsLog(training.run.metrics).correct(outcome.step, tuning.figures(arm))
         tracker.finish(TRACKER_STATUS[outcome.status])
     if outcome.status == "failed":
         raise RunError(f"{arm.name}: {outcome.message}")
@@ -115,7 +117,11 @@ def train_arm(tuning: Tuning, arm: Arm) -> Outcome:
 
 
 def track(tuning: Tuning, metrics: Mapping[str, float], files: Sequence[str]) -> None:
-    """Adds figures to the run's metrics and to its MLflow run, with files of the folder, unless that is elsewhere."""
+    """Adds figures to the run's metrics and to its MLflow run, with files of the folder, unless that is elsewhere.
+
+    The same names may have the figures of a tuning with other settings: the tags `iwm.finetune.<task>` name the folder
+    whose figures they are now, and its config.json and summary.json are kept among the artifacts.
+    """
     trained, folder = tuning.trained, tuning.folder
     run = RunDirectory(trained.run.path)
     if not folder.is_relative_to(run.path):
@@ -124,10 +130,16 @@ def track(tuning: Tuning, metrics: Mapping[str, float], files: Sequence[str]) ->
         with reopened(run, _tracked(tuning)) as tracker:
             MetricsLog(run.metrics).correct(trained.step, metrics)
             summary.renew(run)
+            tracker.log_tags({f"iwm.{name}": folder.name for name in _tables(metrics)})
             for name in files:
                 tracker.log_file(folder / name, f"finetune/{folder.name}")
     except UsageError as error:  # the run is still training, and its directory is its own
         print(f"not tracked: {error}", file=sys.stderr)
+
+
+def _tables(metrics: Mapping[str, float]) -> set[str]:
+    """`finetune.<task>`, with the words for what was tuned, of each table of figures."""
+    return {name.rpartition("/")[0].replace("/", ".") for name in metrics}
 
 
 def _in_turns(tuning: Tuning) -> Callable[[Sequence[Arm]], bool]:

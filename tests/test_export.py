@@ -73,7 +73,14 @@ def test_a_classifier_gives_its_probabilities(adapters, tmp_path, format, kind):
     expected = adapter.load(adapters[kind]).predict(images)
     torch.testing.assert_close(READERS[format](tmp_path / "out")(images), expected, atol=1e-5, rtol=1e-4)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "astronaut" in card and "`finetune/photos_tiny/top1`" in card
+    own = json.loads((adapters[kind].parents[1] / "arms" / f"{adapters[kind].name}.json").read_text())
+    (name,) = (name for name in own["figures"] if name.endswith("top1"))
+    assert (
+        name
+        == {"predictor": "finetune/photos_tiny/top1", "encoder": "finetune/photos_tiny/encoder/top1"}[kind]
+    )
+    assert "astronaut" in card and f"| `{name}` | {own['figures'][name]:.4g} |" in card
+    assert "batch_size = 8" in card and "data.num_train = 16" in card
 
 
 def test_the_card_says_what_the_run_recorded(clean_run, photo_cache, tmp_path):

@@ -290,5 +290,19 @@ def test_arms_are_children_of_the_run_in_mlflow(clean_run, tmp_path):
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.data.params["arm"] in name and child.data.params["batch_size"] == "16"
         assert {"train/loss", "train/lr"} <= set(child.data.metrics) and child.info.status == "FINISHED"
+        suffix = "_random_predictor" if "random" in name else ""
+        # Of one seed the figure of the family is that of its arm.
+        figure = f"finetune/photos_tiny/top1{suffix}"
+        assert child.data.metrics[figure] == parent.data.metrics[figure]
     assert parent.data.params["optimizer.global_batch_size"] == "32"
-    assert {each.path for each in client.list_artifacts(parent.info.run_id)} >= {"finetune"}
+    (folder,) = (run / "finetune").iterdir()
+    assert parent.data.tags["iwm.finetune.photos_tiny"] == folder.name
+    kept = {each.path for each in client.list_artifacts(parent.info.run_id, f"finetune/{folder.name}")}
+    names = ("config.json", "summary.json", "efficiency.png")
+    assert kept == {f"finetune/{folder.name}/{name}" for name in names}
+    # Other settings have other names, or say whose the figures are now.
+    for words in (["--head", "linear"], ["--steps", 3]):
+        assert finetune(run, *PHOTOS, *SMALL, "--seeds", 0, *words, "--tracking.uri", store) == 0
+    found = client.get_run(parent.info.run_id).data
+    assert "finetune/photos_tiny/linear_head/top1" in found.metrics
+    assert found.tags["iwm.finetune.photos_tiny"] != folder.name

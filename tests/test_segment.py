@@ -79,7 +79,15 @@ def test_shapes_are_found_better_than_by_a_constant(segmented):
         low, value, high = (metrics[f"finetune/{task}/{name}{end}"] for end in ("_low", "", "_high"))
         assert low <= value <= high
     assert [row["class"] for row in found["classes"][:3]] == ["0", "1", "2"]
-    assert len(found["arms"]) == 4
+    assert [(row["tune"], row["predictor"]) for row in found["efficiency"]] == [
+        ("predictor", "pretrained"),
+        ("predictor", "random"),
+        ("both", "pretrained"),
+        ("both", "random"),
+    ]
+    for row in found["efficiency"]:
+        assert row["low"] <= row["miou"] <= row["high"] and row["trained_parameters"] > 1000
+    assert (output / "efficiency.png").stat().st_size > 10_000
     with Image.open(output / "predictions.png") as picture:
         assert min(picture.size) > 500
 
@@ -215,16 +223,16 @@ def test_the_rate_is_chosen_on_held_out_training_images(clean_run, shapes, tmp_p
     ]
     assert segment(clean_run, *data(shapes), *grid, "--head", "linear", "--output", output) == 0
     facts = {path.stem: json.loads(path.read_text()) for path in (output / "arms").glob("*.json")}
-    choices = {name: each for name, each in facts.items() if each["is_choice"]}
+    choices = {name: each for name, each in facts.items() if each["arm"]["is_choice"]}
     assert len(choices) == 2 and len(facts) == 4
     for name in choices:  # a tenth of 48
         assert np.load(output / "arms" / f"{name}.npy").shape == (5, 3, 3)
     scores = {}
     for name, each in choices.items():
         right, predicted, there = np.load(output / "arms" / f"{name}.npy").sum(0)
-        scores[each["lr"]] = float(np.mean(right / (predicted + there - right)))
+        scores[each["arm"]["lr"]] = float(np.mean(right / (predicted + there - right)))
     best = max(scores, key=scores.get)
-    assert {each["lr"] for each in facts.values() if not each["is_choice"]} == {best}
+    assert {each["arm"]["lr"] for each in facts.values() if not each["arm"]["is_choice"]} == {best}
     assert len(list((output / "adapters").iterdir())) == 1
 
 
@@ -250,13 +258,28 @@ def test_a_dry_run_creates_nothing(clean_run, shapes, tmp_path, capsys):
 def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path, capsys):
     (tmp_path / "bad.json").write_text("[1]")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "twice.csv").write_text("index,name\n0,ground\n1,shape\n2,shape\n")
+    (tmp_path / "both.json").write_text('{"ground": [0, 1], "shape": [1, 2]}')
+    shutil.copytree(shapes / "masks/val", tmp_path / "small")
+    Image.new("L", (20, 16)).save(tmp_path / "small/07.png")
     good, out = data(shapes), ["--output", tmp_path / "out"]
+    same = {"--data.test-path": shapes / "images/train", "--data.test-masks": shapes / "masks/train"}
     for arguments, words in (
         (out, ["--data.path is missing"]),
         ([*good[:4], *out], ["--data.test-path is missing"]),
         ([*good, "--data.masks", tmp_path / "none", *out], ["no such folder"]),
         ([*good, "--data.masks", tmp_path / "empty", *out], ["48 of 48 images have no mask"]),
         ([*good, "--data.classes", tmp_path / "bad.json", *out], ["bad.json", "ccp8"]),
+        (
+            [*good, "--data.classes", tmp_path / "twice.csv", *out],
+            ["twice.csv", "'shape' stands there twice"],
+        ),
+        (
+            [*good, "--data.classes", tmp_path / "both.json", *out],
+            ["both.json", "value 1 stands there twice"],
+        ),
+        ([*good, "--data.test-masks", tmp_path / "small", *out], ["07.png", "20 x 16", "07.jpg", "40 x 32"]),
+        ([*good, *(word for pair in same.items() for word in pair), *out], ["holds the training images"]),
         ([*good, "--image-size", 33, *out], ["--image-size 33", "patch of 8"]),
         ([*good, "--head", "unet", *out], ["head 'unet'", "'linear' or 'upernet'"]),
         ([*good, "--output", segmented[0]], ["choose another --output"]),
@@ -265,6 +288,23 @@ def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
+
+
+def test_other_masks_have_another_folder(clean_run, shapes, tmp_path):
+    """Of the same names and sizes, for the same images."""
+    shutil.copytree(shapes / "masks/val", tmp_path / "masks")
+    asked = [paths(shapes), paths(shapes) | {"test_masks": str(tmp_path / "masks")}]
+    names = [_folder(clean_run, each) for each in asked]
+    Image.open(tmp_path / "masks/03.png").point(lambda value: 2 * (value == 1) + (value == 2)).save(
+        tmp_path / "masks/03.png"
+    )
+    names.append(_folder(clean_run, asked[1]))
+    assert names[0] == names[1] != names[2]
+
+
+def _folder(run, where):
+    config = SegmentConfig(data=SegmentDataConfig(**where))
+    return Segmentation.open(Trained.open(run), config, None).folder
 
 
 def test_a_stopped_segmentation_goes_on_to_the_same_bits(clean_run, shapes, tmp_path):

@@ -1,9 +1,10 @@
 """The arms of a finetuning: one training each, with its result in a file, so that a finished one is not run again."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from iwm_ray.errors import RunError
 from iwm_ray.finetuning.model import Start
 from iwm_ray.finetuning.settings import FinetuneConfig, Tune
 from iwm_ray.run_directory import write_json
+
+TUNES: tuple[Tune, ...] = get_args(Tune)
+Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,28 @@ def families(config: FinetuneConfig, tasks: tuple[str, ...]) -> Iterator[Family]
                 yield Family(tune, start, group)
 
 
+def by_family(results: Mapping[Arm, ArmResult]) -> dict[Family, dict[int, ArmResult]]:
+    """Seed -> result, of every family."""
+    found: dict[Family, dict[int, ArmResult]] = {}
+    for arm, result in results.items():
+        found.setdefault(arm.family, {})[arm.seed] = result
+    return found
+
+
+def figure_name(family: Family, task: str, figure: str, ways: tuple[str, ...]) -> str:
+    """`finetune/<task>/<figure>`, `finetune/<task>/multitask/both/linear_head/<figure>_random_predictor` ...
+
+    Args:
+        family: what was tuned from where.
+        task: on which it was judged.
+        figure: such as top1.
+        ways: see TuningConfig.
+    """
+    words = ["finetune", task] + ["multitask"] * (len(family.tasks) > 1)
+    words += [family.tune] * (family.tune != "predictor")
+    return "/".join([*words, *ways, figure]) + "_random_predictor" * (family.start == "random")
+
+
 def read_result(folder: Path, arm: Arm) -> ArmResult | None:
     """The result of a finished arm.
 
@@ -91,15 +117,58 @@ def read_result(folder: Path, arm: Arm) -> ArmResult | None:
         RunError: its file is damaged.
     """
     path = folder / f"{arm.name}.json"
-    if not path.exists():
-        return None
+    return _result(path)[1] if path.exists() else None
+
+
+def read_results(folder: Path) -> dict[Arm, ArmResult]:
+    """The results of all arms that stand in a folder, whichever call has run them; those that only choose are left out.
+
+    Raises:
+        RunError: a file is damaged.
+    """
+    found = dict(map(_result, sorted(folder.glob("*.json"))))
+    return {arm: result for arm, result in found.items() if not arm.is_choice}
+
+
+def read_arm(path: Path) -> Arm:
+    """Whose file it is.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    return _read(path, lambda tree, arm: arm)
+
+
+def _result(path: Path) -> tuple[Arm, ArmResult]:
+    return _read(path, lambda tree, arm: (arm, ArmResult(**tree["result"])))
+
+
+def _read(path: Path, take: Callable[[dict[str, Any], Arm], Taken]) -> Taken:
     try:
-        return ArmResult(**json.loads(path.read_text())["result"])
+        tree = json.loads(path.read_text())
+        return take(tree, Arm(**tree["arm"] | {"tasks": tuple(tree["arm"]["tasks"])}))
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged ({error}); remove it, and the arm is run again") from None
 
 
-def write_result(folder: Path, arm: Arm, result: ArmResult) -> None:
-    """Marks an arm as finished."""
+def write_result(
+    folder: Path, arm: Arm, result: ArmResult, settings: Mapping[str, Any], figures: Mapping[str, float]
+) -> None:
+    """Marks an arm as finished.
+
+    Args:
+        folder: of all arms.
+        arm: names the file.
+        result: of the arm.
+        settings: by which it was trained (see TuningConfig.deciding).
+        figures: its scores, by the names of the run's metrics.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{arm.name}.json", {"arm": asdict(arm), "result": asdict(result)})
+    tree = {"arm": asdict(arm), "settings": settings, "figures": figures, "result": asdict(result)}
+    write_json(folder / f"{arm.name}.json", tree)
+
+
+def read_figures(path: Path) -> dict[str, float]:
+    """The scores in the file of a finished arm."""
+    found: dict[str, float] = json.loads(path.read_text())["figures"]
+    return found

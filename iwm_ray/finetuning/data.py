@@ -16,7 +16,7 @@ from iwm_ray.config import Config
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
-from iwm_ray.data.read import Reader
+from iwm_ray.data.read import Reader, content_hash
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.encoders import FrozenEncoder
 from iwm_ray.evaluation.features import Features, measuring
@@ -296,7 +296,7 @@ def _open_task(
     train, test = (Index.open(data, where, cache) for where in (path, test_path))
     if not train.class_names:
         raise UsageError(f"--data.path {path}: the images have no labels; finetuning needs classes")
-    if train.hash == test.hash:
+    if content_hash(train) == content_hash(test):
         raise UsageError(
             f"--data.test-path {test_path}: holds the training images; give images that are not trained on"
         )

@@ -1,9 +1,9 @@
 """A finetuning for classes of whole images: its data, cached tokens, networks and results."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,23 @@ import torch
 
 from iwm_ray.build import cache_folder
 from iwm_ray.data.index import Index
-from iwm_ray.errors import UsageError
+from iwm_ray.data.read import content_hash
 from iwm_ray.evaluation.encoders import RunEncoder
 from iwm_ray.evaluation.features import Features, model_device
+from iwm_ray.evaluation.intervals import seeds_interval
 from iwm_ray.finetuning import adapter
-from iwm_ray.finetuning.arms import Arm, ArmResult, Family, families, read_result, write_result
+from iwm_ray.finetuning.arms import (
+    TUNES,
+    Arm,
+    ArmResult,
+    Family,
+    families,
+    figure_name,
+    read_figures,
+    read_result,
+    read_results,
+    write_result,
+)
 from iwm_ray.finetuning.classification import ClassObjective, measure
 from iwm_ray.finetuning.data import (
     Extract,
@@ -34,9 +46,9 @@ from iwm_ray.finetuning.fit import Fitted
 from iwm_ray.finetuning.model import Asking, Tuned, assemble, weights_hash
 from iwm_ray.finetuning.settings import FinetuneConfig, TuningConfig
 from iwm_ray.finetuning.tuning import Tuning, tokens_fit
-from iwm_ray.run_directory import write_json
 from iwm_ray.trained import Trained
 from iwm_ray.training.loop import autocast
+from iwm_ray.views.resize import CLEAN_VIEW
 
 
 @dataclass(frozen=True)
@@ -61,32 +73,24 @@ class Experiment(Tuning):
         """
         cache = cache_of(trained, config)
         tasks = {task.name: task for task in open_tasks(config, trained.config, cache)}
-        folder = output or trained.run.path / "finetune" / _name(trained, config, tasks)
-        experiment = cls(trained, config, folder.absolute(), tasks, extract)
+        experiment = cls(trained, config, output or Path(), tasks, extract)
+        folder = output or trained.run.path / "finetune" / experiment.name
+        experiment = replace(experiment, folder=folder.absolute())
         experiment.check_batch(config.head == "linear")
-        experiment._refuse_other()
+        experiment.refuse_other()
         return experiment
 
-    @property
+    @cached_property
     def name(self) -> str:
-        return _name(self.trained, self.config, self.tasks)
+        parts = [part for task in self.tasks.values() for part in (task.train, task.test)]
+        contents = [content_hash(part.index) for part in parts]
+        # Of a training set that is smaller than it, the batch depends on the images that are held out.
+        decides = [self.trained.hash, str(CLEAN_VIEW), str(self.batch_size), *self.tasks, *contents]
+        return "+".join(self.tasks) + "-" + self.config.hash(*decides)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tokens stay here: who gets a copy maps them himself."""
         return self.__dict__ | {"_tokens": {}}
-
-    def start(self) -> None:
-        """Records the configuration in the folder."""
-        write_json(self.folder / "config.json", {"name": self.name} | self.config.model_dump(mode="json"))
-
-    def _refuse_other(self) -> None:
-        """Raises UsageError where the folder holds the arms of another finetuning."""
-        path = self.folder / "config.json"
-        if path.exists() and json.loads(path.read_text()).get("name") != self.name:
-            raise UsageError(
-                f"--output {self.folder}: holds a finetuning with another checkpoint, data or settings; choose another "
-                "--output"
-            )
 
     @property
     def families(self) -> list[Family]:
@@ -98,7 +102,7 @@ class Experiment(Tuning):
 
     def _num_train(self, task: Task) -> int:
         """Images that every arm can train on: those that choose a rate leave out the held-out ones."""
-        held = task.num_held_out(self.config.data.held_out) if len(self.config.lr_grid) > 1 else 0
+        held = task.num_held_out(self.config.data.held_out) if self.config.chooses_rate else 0
         return len(task.train) - held
 
     def num_steps(self, tasks: tuple[str, ...]) -> list[int]:
@@ -117,9 +121,14 @@ class Experiment(Tuning):
         return sum(self.num_steps(arm.tasks))
 
     def results(self) -> dict[Arm, ArmResult]:
-        """Of all arms that are judged on the test set, once they are finished."""
-        found = {arm: self.finished(arm) for arm in self.finals()}
-        return {arm: result for arm, result in found.items() if result is not None}
+        """Of all finished arms that were judged on the test set, whichever call has run them."""
+        found, known = read_results(self.folder / "arms"), list(self.tasks)
+
+        def order(arm: Arm) -> tuple[Any, ...]:
+            tasks = -len(arm.tasks), [known.index(task) for task in arm.tasks]
+            return TUNES.index(arm.tune), *tasks, arm.start, arm.seed
+
+        return {arm: found[arm] for arm in sorted(found, key=order)}
 
     def finished(self, arm: Arm) -> ArmResult | None:
         """An arm's result, if it has been run and its adapter, where one is due, is there."""
@@ -192,7 +201,11 @@ class Experiment(Tuning):
             class_names = {name: self.tasks[name].class_names for name in names}
             encoder_hash = weights_hash(before.encoder)
             adapter.save(self.adapter(arm), tuned, self.trained, self.config, class_names, encoder_hash)
-        write_result(self.folder / "arms", arm, result)
+        figures = _figures(arm, result, self.config.ways)
+        write_result(self.folder / "arms", arm, result, self.config.deciding(), figures)
+
+    def figures(self, arm: Arm) -> dict[str, float]:
+        return read_figures(self.folder / "arms" / f"{arm.name}.json")
 
     def _has_adapter(self, arm: Arm) -> bool:
         """Whether the tuned network is kept: that of the first seed, and of no control."""
@@ -257,13 +270,11 @@ def cache_of(trained: Trained, config: TuningConfig) -> Path:
     return Path(given).expanduser().absolute() if given else cache_folder(trained.config)
 
 
-def by_family(results: dict[Arm, ArmResult]) -> Iterator[tuple[Family, list[ArmResult]]]:
-    """Results of the same family, in the order of their seeds."""
-    for family in dict.fromkeys(arm.family for arm in results):
-        yield family, [result for arm, result in results.items() if arm.family == family]
-
-
-def _name(trained: Trained, config: FinetuneConfig, tasks: dict[str, Task]) -> str:
-    """Names the finetuning by what decides its results."""
-    hashes = [part.index.hash for task in tasks.values() for part in (task.train, task.test)]
-    return "+".join(tasks) + "-" + config.hash(trained.hash, *tasks, *hashes)
+def _figures(arm: Arm, result: ArmResult, ways: tuple[str, ...]) -> dict[str, float]:
+    """Accuracies with their 95 % intervals over the images that the arm was judged on."""
+    figures: dict[str, float] = {}
+    for task in arm.tasks:
+        name = f"held_out/{task}/top1" if arm.is_choice else figure_name(arm.family, task, "top1", ways)
+        found = seeds_interval(result.rights(task)[None], over_seeds=False)
+        figures |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+    return figures

@@ -10,6 +10,9 @@ from iwm_ray.config import Fraction, Positive, RuntimeConfig, _Part, flat, refus
 
 Tune = Literal["predictor", "encoder", "both"]
 
+_ADDING = ("tune", "seeds", "single_tasks")
+_PLACES = ("path", "test_path", "masks", "test_masks", "classes")
+
 
 class FinetuneDataConfig(_Part):
     """Which labelled images are read; several data sets make a multi-task finetuning."""
@@ -100,7 +103,8 @@ class TuningConfig(_Part):
     lr: Positive = 1e-3
     """peak learning rate of what starts at random: heads, task tokens, the control's predictor"""
     lr_grid: tuple[Positive, ...] = ()
-    """peak learning rates of which a held-out part of the training set chooses, for each arm alone; empty: `lr`"""
+    """peak learning rates of which a held-out part of the training set chooses, for each network alone (pretrained,
+    random ...), with seed 0; empty: `lr`"""
     pretrained_lr_factor: Positive = 0.1
     """what is pretrained learns at this share of the rate (IWM: 1/10)"""
     warmup_fraction: Fraction = 0.1
@@ -132,6 +136,32 @@ class TuningConfig(_Part):
     def default_lr(self) -> float:
         """The rate where nothing is to be chosen."""
         return self.lr_grid[0] if self.lr_grid else self.lr
+
+    @property
+    def chooses_rate(self) -> bool:
+        """Whether held-out images choose among rates."""
+        return len(self.lr_grid) > 1
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Words in the names of figures: what is not done in the paper's usual way."""
+        return ()
+
+    def deciding(self) -> dict[str, Any]:
+        """What all arms of one folder share, as JSON: not where and how fast, nor what only adds arms to it."""
+        tree = self.model_dump(mode="json", exclude={"runtime", "tracking", *_ADDING})
+        return tree | {"lr": self.default_lr, "lr_grid": list(self.lr_grid) if self.chooses_rate else []}
+
+    def hash(self, *parts: str) -> str:
+        """Twelve hexadecimal digits of what decides an arm's result besides its own name.
+
+        Args:
+            parts: what else decides it: weights and the contents of the data, wherever those lie.
+        """
+        tree = self.deciding()
+        tree["data"] = {name: value for name, value in tree["data"].items() if name not in _PLACES}
+        text = json.dumps([tree, *parts], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 class FinetuneConfig(TuningConfig):
@@ -165,17 +195,8 @@ class FinetuneConfig(TuningConfig):
             )
         return self
 
-    def hash(self, *parts: str) -> str:
-        """Twelve hexadecimal digits of what decides an arm's result; more seeds or parts to tune are more arms.
-
-        Args:
-            parts: what else decides it: weights and images.
-        """
-        tree = self.model_dump(
-            mode="json", exclude={"runtime", "tracking", "tune", "seeds", "lr", "lr_grid", "single_tasks"}
-        )
-        tree["data"] = {
-            name: value for name, value in tree["data"].items() if name not in ("path", "test_path")
-        }
-        text = json.dumps([tree, *parts], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    @property
+    def ways(self) -> tuple[str, ...]:
+        ways = ["linear_head"] * (self.head == "linear") + ["context_encoder"] * (self.encoder == "context")
+        ways += ["random_action"] * (self.action == "random")
+        return tuple(ways + [f"targets{self.target_fraction:g}"] * (self.target_fraction < 1))

@@ -1,11 +1,13 @@
 """What all tunings share: arms, each a training of its own that workers can take up where another attempt left it."""
 
+import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -18,12 +20,14 @@ from iwm_ray.finetuning.model import Tuned
 from iwm_ray.finetuning.settings import TuningConfig, TuningRuntimeConfig
 from iwm_ray.loader import to_tensors
 from iwm_ray.model.encoder import Encoder
-from iwm_ray.run_directory import RunDirectory
+from iwm_ray.run_directory import RunDirectory, write_json
 from iwm_ray.trained import Trained
 from iwm_ray.workers import OpenColumns, Outcome, Worker, begin, guarded, resume, shared
 
 Train = Callable[[Sequence[Arm]], bool]
 """trains arms, whose results then are in the folder; False: it was stopped before the end"""
+
+_CHOICE_SEED = 0  # one for all calls: an arm that is added later learns at the same rate
 
 
 def tokens_fit(encoder: Encoder, num_images: int, runtime: TuningRuntimeConfig) -> bool:
@@ -88,8 +92,31 @@ class Tuning(ABC):
         """Whether an arm's result is there."""
 
     @abstractmethod
+    def figures(self, arm: Arm) -> dict[str, float]:
+        """What a finished arm has scored, by the names of the run's metrics."""
+
+    @abstractmethod
     def score(self, arm: Arm) -> float:
         """Of a finished arm, on what it was judged on: the higher, the better."""
+
+    def record(self) -> dict[str, Any]:
+        """What all arms of the folder share."""
+        return {"name": self.name} | self.config.deciding()
+
+    def start(self) -> None:
+        """Records it in the folder; what an earlier call has written stays, for it is the same."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            write_json(path, self.record())
+
+    def refuse_other(self) -> None:
+        """Raises UsageError where the folder holds the arms of another tuning."""
+        path = self.folder / "config.json"
+        if path.exists() and json.loads(path.read_text()).get("name") != self.name:
+            raise UsageError(
+                f"--output {self.folder}: holds a tuning with another checkpoint, data or settings; choose another "
+                "--output"
+            )
 
     def run(self, train: Train) -> bool:
         """Trains and measures what is not finished; False: stopped before the end.
@@ -126,9 +153,8 @@ class Tuning(ABC):
         ]
 
     def _candidates(self, family: Family) -> list[Arm]:
-        grid = self.config.lr_grid if len(self.config.lr_grid) > 1 else ()
-        seed = self.config.seeds[0]
-        return [Arm(family.tune, family.start, family.tasks, seed, lr, True) for lr in grid]
+        grid = self.config.lr_grid if self.config.chooses_rate else ()
+        return [Arm(family.tune, family.start, family.tasks, _CHOICE_SEED, lr, True) for lr in grid]
 
     def _rate(self, family: Family) -> float:
         """The rate with the best score on held-out training images; the first of equals."""

@@ -13,12 +13,16 @@ _COLOURS = {"pretrained": BLUE, "random": ORANGE, "none": GREEN}
 _WORDS = {"pretrained": "pretrained predictor", "random": "random predictor", "none": "no predictor"}
 
 
-def accuracy_against_parameters(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Draws the rows of a finetuning's summary (`efficiency`).
+def accuracy_against_parameters(
+    rows: Sequence[Mapping[str, Any]], title: str, figure_name: str = "top1", label: str = "top-1"
+) -> Figure:
+    """Draws the rows of a summary (`efficiency`).
 
     Args:
-        rows: `task`, `tune`, `predictor`, `multitask`, `trained_parameters`, `top1` with `low` and `high` (0..1).
+        rows: `task`, `tune`, `predictor`, `multitask`, `trained_parameters`, the figure with `low` and `high` (0..1).
         title: above the panels.
+        figure_name: the figure's name in the rows.
+        label: its name for a person.
 
     Returns:
         A figure with one axes for each task; bars are 95 % intervals over test images, squares are multi-task.
@@ -30,7 +34,8 @@ def accuracy_against_parameters(rows: Sequence[Mapping[str, Any]], title: str) -
     figure.suptitle(title, fontsize=TITLE, color=INK)
     for number, task in enumerate(tasks, start=1):
         axes = figure.add_subplot(lines, columns, number)
-        _panel(axes, [row for row in rows if row["task"] == task])
+        _panel(axes, [row for row in rows if row["task"] == task], figure_name)
+        axes.set_ylabel(f"{label}, %", fontsize=TEXT, color=INK)
         axes.set_title(task, loc="left", fontsize=HEADING, color=INK)
     handles = {
         label: line
@@ -43,13 +48,13 @@ def accuracy_against_parameters(rows: Sequence[Mapping[str, Any]], title: str) -
     return figure
 
 
-def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], figure_name: str) -> None:
     for row in rows:
-        colour, top1 = _COLOURS[row["predictor"]], 100 * row["top1"]
+        colour, height = _COLOURS[row["predictor"]], 100 * row[figure_name]
         axes.errorbar(
             row["trained_parameters"] / 1e6,
-            top1,
-            yerr=[[top1 - 100 * row["low"]], [100 * row["high"] - top1]],
+            height,
+            yerr=[[height - 100 * row["low"]], [100 * row["high"] - height]],
             fmt="s" if row["multitask"] else "o",
             color=colour,
             capsize=3,
@@ -59,7 +64,6 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             markersize=9 if row["tune"] == "both" else 6,
         )
     axes.set_xlabel("trained parameters, millions", fontsize=TEXT, color=INK)
-    axes.set_ylabel("top-1, %", fontsize=TEXT, color=INK)
     axes.margins(x=0.15, y=0.15)
     axes.tick_params(labelsize=SMALL, colors=GREY)
     axes.grid(color=PALE, linewidth=0.6)

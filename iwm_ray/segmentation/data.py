@@ -1,9 +1,12 @@
 """Pairs of image and mask: found by their names, read, cropped and mirrored together."""
 
 import csv
+import hashlib
 import io
 import json
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +18,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from iwm_ray.config import Config
-from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
+from iwm_ray.data.decode import DecodeLimits, EncodedImage, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
-from iwm_ray.data.read import Reader
+from iwm_ray.data.read import Reader, content_hash
 from iwm_ray.errors import UsageError
 from iwm_ray.feed import Columns
 from iwm_ray.finetuning.data import Tokens
@@ -26,6 +29,7 @@ from iwm_ray.randomness import uniforms
 from iwm_ray.segmentation.settings import SegmentAugmentConfig, SegmentConfig
 from iwm_ray.views.resize import resize
 
+_READ_AT_ONCE = 256
 IGNORED = 255
 """the class of pixels that are neither trained on nor judged"""
 
@@ -81,6 +85,8 @@ class Pairs:
     limits: DecodeLimits
     augment: SegmentAugmentConfig | None = None
     """None: the whole image"""
+    masks_hash: str = ""
+    """names the bytes of the masks"""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -213,21 +219,46 @@ def nearest(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint
     return mask[np.ix_(*places)]
 
 
+def mask_hash(path: Path) -> bytes:
+    """Names the bytes of a mask.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    with _reading(path):
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+
+
+def mask_size(path: Path) -> tuple[int, int]:
+    """Width and height of a mask, pixels, from its header.
+
+    Raises:
+        UsageError: not a picture.
+    """
+    with _reading(path), Image.open(path) as found:
+        return found.size
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnidentifiedImageError) as error:
+        raise UsageError(f"mask {path}: cannot be read ({error}); give an 8-bit PNG") from None
+
+
 def read_mask(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """`[h w]` uint8 values of an index PNG.
 
     Raises:
         UsageError: not a picture with one value a pixel, or not of the image's shape (rows, columns).
     """
-    try:
-        with Image.open(io.BytesIO(path.read_bytes())) as found:
-            if found.mode not in ("L", "P", "1"):
-                raise UsageError(
-                    f"mask {path}: has mode {found.mode}; give an 8-bit PNG whose values are classes"
-                )
-            mask = np.array(found, np.uint8)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UsageError(f"mask {path}: cannot be read ({error}); give an 8-bit PNG") from None
+    with _reading(path), Image.open(io.BytesIO(path.read_bytes())) as found:
+        if found.mode not in ("L", "P", "1"):
+            raise UsageError(
+                f"mask {path}: has mode {found.mode}; give an 8-bit PNG whose values are classes"
+            )
+        mask = np.array(found, np.uint8)
     if shape is not None and mask.shape != tuple(shape):
         raise UsageError(
             f"mask {path}: is {mask.shape}, its image {tuple(shape)}; give masks of the same size"
@@ -239,7 +270,8 @@ def open_pairs(config: SegmentConfig, run: Config, size: int, cache: Path) -> tu
     """Training and test pairs.
 
     Raises:
-        UsageError: folders or classes that are not there, images without masks.
+        UsageError: folders or classes that are not there, images without masks or with masks of another size, the same
+            images for both.
     """
     data = config.data
     for name in ("path", "masks", "test_path", "test_masks"):
@@ -252,7 +284,37 @@ def open_pairs(config: SegmentConfig, run: Config, size: int, cache: Path) -> tu
         raise UsageError(
             f"--data.classes {data.classes!r}: {len(classes.names)} classes; segmentation needs two or more"
         )
-    return replace(train, classes=classes), replace(test, classes=classes)
+    if content_hash(train.index) == content_hash(test.index):
+        raise UsageError(
+            f"--data.test-path {data.test_path}: holds the training images; give images that are not trained on"
+        )
+    checked = (_checked(train, "masks"), _checked(test, "test-masks"))
+    return replace(checked[0], classes=classes), replace(checked[1], classes=classes)
+
+
+def _checked(pairs: Pairs, setting: str) -> Pairs:
+    """The pairs, with the hash of their masks; every mask must have the size of its image.
+
+    Raises:
+        UsageError: a mask is of another size, or no picture.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for first in range(0, len(pairs), _READ_AT_ONCE):
+        samples = pairs.samples[first : first + _READ_AT_ONCE]
+        for sample, data in zip(map(int, samples), Reader(pairs.index).read_many(samples), strict=True):
+            path = pairs.mask_path(sample)
+            found.update(mask_hash(path))
+            with suppress(Undecodable):
+                if isinstance(data, Undecodable):
+                    raise data
+                image = EncodedImage.open(data, pairs.limits)
+                width, height = mask_size(path)
+                if (width, height) != (image.width, image.height):
+                    raise UsageError(
+                        f"--data.{setting} {path}: the mask is {width} x {height} pixels, its image "
+                        f"{pairs.index.path(sample)} {image.width} x {image.height}; make the mask as large as the image"
+                    )
+    return replace(pairs, masks_hash=found.hexdigest())
 
 
 def _pairs(run: Config, path: str, setting: str, masks: str, count: int, size: int, cache: Path) -> Pairs:
@@ -287,18 +349,27 @@ def open_classes(words: str, ignore: int, train: Pairs) -> Classes:
             for value in np.unique(read_mask(train.mask_path(int(sample))))
         }
         return Classes.of_groups({str(value): (value,) for value in sorted(values - {ignore})}, ignore)
-    groups: dict[str, tuple[int, ...]]
+    rows: list[tuple[str, tuple[int, ...]]]
     try:
         text = Path(words).expanduser().read_text()
         if words.endswith(".csv"):
-            groups = {row["name"]: (int(row["index"]),) for row in csv.DictReader(io.StringIO(text))}
+            rows = [(row["name"], (int(row["index"]),)) for row in csv.DictReader(io.StringIO(text))]
         else:
-            groups = {str(name): tuple(map(int, values)) for name, values in json.loads(text).items()}
+            found = json.loads(text, object_pairs_hook=list)
+            rows = [(str(name), tuple(map(int, values))) for name, values in found]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"--data.classes {words}: not readable ({error}); give a CSV file with index and name, a JSON file of "
             "{name: [values]}, or ccp8"
         ) from None
-    if not all(0 <= value < 256 for values in groups.values() for value in values):
+    everything = [value for _, values in rows for value in values]
+    if not all(0 <= value < 256 for value in everything):
         raise UsageError(f"--data.classes {words}: values of masks are 0 to 255")
-    return Classes.of_groups(groups, ignore)
+    for what, known in (("name", [name for name, _ in rows]), ("value", everything)):
+        twice = [each for each, count in Counter(known).items() if count > 1]
+        if twice:
+            raise UsageError(
+                f"--data.classes {words}: the {what} {twice[0]!r} stands there twice; give each once (several values of "
+                "one class: a JSON file of {name: [values]})"
+            )
+    return Classes.of_groups(dict(rows), ignore)

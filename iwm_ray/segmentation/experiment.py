@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from iwm_ray.errors import RunError, UsageError
+from iwm_ray.data.read import content_hash
+from iwm_ray.errors import RunError
 from iwm_ray.evaluation.features import Features
-from iwm_ray.finetuning.arms import Arm, Family
+from iwm_ray.finetuning.arms import TUNES, Arm, Family, figure_name, read_arm, read_figures
 from iwm_ray.finetuning.data import Extract, Tokens, encode
 from iwm_ray.finetuning.experiment import cache_of
 from iwm_ray.finetuning.fit import Fitted
@@ -24,7 +26,7 @@ from iwm_ray.segmentation import segmenter
 from iwm_ray.segmentation.data import Pairs, PairSteps, open_pairs
 from iwm_ray.segmentation.network import PixelObjective, WholeEncoder, assemble, image_size, measure, predict
 from iwm_ray.segmentation.settings import SegmentConfig
-from iwm_ray.segmentation.summary import miou
+from iwm_ray.segmentation.summary import miou_of_present
 from iwm_ray.trained import Trained
 
 NUM_PICTURED = 6
@@ -62,29 +64,23 @@ class Segmentation(Tuning):
         if output is None:
             found = replace(found, folder=Path(f"{found.folder}-{found.name}"))
         found.check_batch(True)
-        found._refuse_other()
+        found.refuse_other()
         return found
 
-    @property
+    @cached_property
     def name(self) -> str:
-        parts = [self.trained.hash, self.train.index.hash, self.test.index.hash, *self.train.classes.names]
-        return self.config.hash(*parts, repr(self.train.classes.table))
+        parts = [self.trained.hash, str(self.batch_size), *self.train.classes.names]
+        parts += [repr(self.train.classes.table)]
+        for pairs in (self.train, self.test):
+            parts += [content_hash(pairs.index), pairs.masks_hash]
+        return self.config.hash(*parts)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tokens stay here: who gets a copy maps them himself."""
         return self.__dict__ | {"_tokens": {}}
 
-    def start(self) -> None:
-        """Records the configuration in the folder."""
-        names = {"hash": self.name, "class_names": self.train.classes.names}
-        write_json(self.folder / "config.json", names | self.config.model_dump(mode="json"))
-
-    def _refuse_other(self) -> None:
-        path = self.folder / "config.json"
-        if path.exists() and json.loads(path.read_text()).get("hash") != self.name:
-            raise UsageError(
-                f"--output {self.folder}: holds another segmentation or finetuning; choose another --output"
-            )
+    def record(self) -> dict[str, Any]:
+        return super().record() | {"class_names": self.train.classes.names}
 
     @property
     def families(self) -> list[Family]:
@@ -98,7 +94,7 @@ class Segmentation(Tuning):
 
     @property
     def batch_size(self) -> int:
-        held = self._num_held_out if len(self.config.lr_grid) > 1 else 0
+        held = self._num_held_out if self.config.chooses_rate else 0
         return min(self.config.batch_size, len(self.train) - held)
 
     @property
@@ -169,32 +165,54 @@ class Segmentation(Tuning):
         place = self._place(arm)
         np.save(place.with_suffix(".npy"), counts)
         facts = {
+            "settings": self.config.deciding(),
+            "figures": {self._figure(arm): miou_of_present(counts)},
             "trained_parameters": tuned.num_trained,
             "inputs": "tokens" if self.has_tokens(arm) else "images",
             "loss": fitted.loss,
             "images_per_second": fitted.num_images / fitted.seconds,
             "peak_memory": fitted.peak_memory,
         }
-        write_json(place.with_suffix(".json"), asdict(arm) | facts)
+        write_json(place.with_suffix(".json"), {"arm": asdict(arm)} | facts)
 
     def is_finished(self, arm: Arm) -> bool:
         return self._place(arm).with_suffix(".json").exists()
 
+    def figures(self, arm: Arm) -> dict[str, float]:
+        return read_figures(self._place(arm).with_suffix(".json"))
+
+    def _figure(self, arm: Arm) -> str:
+        if arm.is_choice:
+            return f"held_out/{self.task}/miou"
+        return figure_name(arm.family, self.task, "miou", self.config.ways)
+
     def score(self, arm: Arm) -> float:
         """mIoU over the classes that the images have."""
-        counts = self._counts(arm)
-        return miou(counts, np.ones(len(counts)), counts[:, 2].sum(0) > 0)
+        return miou_of_present(self._counts(arm))
 
-    def counts(self) -> dict[Family, NDArray[np.int64]]:
-        """`[s k 3 c]` of every family, once all arms have been run.
+    def judged(self) -> list[Arm]:
+        """All finished arms that were judged on the test set, whichever call has run them.
 
         Raises:
             RunError: a file is damaged.
         """
-        found: dict[Family, list[NDArray[np.int64]]] = {}
-        for arm in self.finals():
-            found.setdefault(arm.family, []).append(self._counts(arm))
-        return {family: np.stack(arrays) for family, arrays in found.items()}
+        arms = [read_arm(path) for path in (self.folder / "arms").glob("*.json")]
+
+        def order(arm: Arm) -> tuple[int, str, int]:
+            return TUNES.index(arm.tune), arm.start, arm.seed
+
+        return sorted((arm for arm in arms if not arm.is_choice), key=order)
+
+    def counts(self) -> dict[Family, dict[int, NDArray[np.int64]]]:
+        """`[k 3 c]` of every family and seed that has been run.
+
+        Raises:
+            RunError: a file is damaged.
+        """
+        found: dict[Family, dict[int, NDArray[np.int64]]] = {}
+        for arm in self.judged():
+            found.setdefault(arm.family, {})[arm.seed] = self._counts(arm)
+        return found
 
     def _counts(self, arm: Arm) -> NDArray[np.int64]:
         path = self._place(arm).with_suffix(".npy")
@@ -206,9 +224,9 @@ class Segmentation(Tuning):
             ) from None
         return counts
 
-    def costs(self) -> list[dict[str, Any]]:
+    def costs(self) -> dict[Arm, dict[str, Any]]:
         """What each arm trained and how fast."""
-        return [json.loads(self._place(arm).with_suffix(".json").read_text()) for arm in self.finals()]
+        return {arm: json.loads(self._place(arm).with_suffix(".json").read_text()) for arm in self.judged()}
 
     @property
     def pictured_places(self) -> NDArray[np.int64]:

@@ -1,7 +1,5 @@
 """The configuration of a segmentation: one tree of frozen parts."""
 
-import hashlib
-import json
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -61,8 +59,7 @@ class SegmentConfig(TuningConfig):
     data: SegmentDataConfig = SegmentDataConfig()
     augment: SegmentAugmentConfig = SegmentAugmentConfig()
 
-    def hash(self, *parts: str) -> str:
-        """Twelve hexadecimal digits of what decides an arm's result besides its own name."""
-        tree = self.model_dump(mode="json", exclude={"runtime", "tracking", "tune", "seeds", "lr", "lr_grid"})
-        text = json.dumps([tree, *parts], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    @property
+    def ways(self) -> tuple[str, ...]:
+        ways = ["linear_head"] * (self.head == "linear") + ["context_encoder"] * (self.encoder == "context")
+        return tuple(ways + [f"{self.image_size}_pixels"] * bool(self.image_size))

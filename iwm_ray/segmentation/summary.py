@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_ray.evaluation.intervals import Floats, named
-from iwm_ray.finetuning.arms import Family
+from iwm_ray.evaluation.intervals import Floats, Interval, named
+from iwm_ray.finetuning.arms import Arm, Family, figure_name
+from iwm_ray.finetuning.summary import efficiency_row, table_lines
 
-Counts = Mapping[Family, NDArray[np.int64]]
-"""`[s k 3 c]` of the seeds of each family (see network.measure)"""
+Counts = Mapping[Family, Mapping[int, NDArray[np.int64]]]
+"""`[k 3 c]` of each family and seed (see network.measure)"""
 
 
 def class_iou(counts: NDArray[np.number], weights: Floats) -> Floats:
@@ -25,6 +26,11 @@ def miou(counts: NDArray[np.number], weights: Floats, classes: NDArray[np.bool_]
     return float(np.nanmean(class_iou(counts, weights)[classes]))
 
 
+def miou_of_present(counts: NDArray[np.number]) -> float:
+    """Mean over the classes that the images have."""
+    return miou(counts, np.ones(len(counts)), counts[:, 2].sum(0) > 0)
+
+
 def constant_counts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """`[k 3 c]` of the best constant answer: every pixel of the most frequent class."""
     there = counts[:, 2]
@@ -34,55 +40,72 @@ def constant_counts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return found
 
 
-def summarise(counts: Counts, class_names: Sequence[str], task: str) -> dict[str, Any]:
+def summarise(
+    counts: Counts, class_names: Sequence[str], task: str, ways: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """What summary.json holds.
 
     Args:
         counts: of every family.
         class_names: of the pixels.
         task: name of the data.
+        ways: see TuningConfig.
 
     Returns:
-        `metrics`: `finetune/<task>/miou` (predictor tuned; `encoder/miou`, `both/miou` otherwise),
-        `miou_random_predictor` and `difference` of the two, means over seeds with `_low` and `_high` (95 % over test
-        images, the seeds as they are); `finetune/<task>/miou_chance` of the best constant answer; classes that no
-        test image has are left out. `classes`: one row for each family and class of the first seed.
+        `metrics`: `finetune/<task>/miou` (predictor tuned; `encoder/miou`, `both/miou`, `linear_head/miou` ... otherwise),
+        `miou_random_predictor` and `miou_difference` of the two, means over seeds (over those that both have) with
+        `_low` and `_high` (95 % over test images, the seeds as they are); `finetune/<task>/miou_chance` of the best
+        constant answer; classes that no test image has are left out. `classes`: one row for each family and class of
+        the first seed.
     """
-    names, columns = _columns(counts, task)
-    first = next(iter(counts.values()))[0]
+    columns = _columns(counts, task, ways)
+    first = _first(next(iter(counts.values())))
     present = first[:, 2].sum(0) > 0
 
     def statistic(weights: Floats) -> Floats:
-        means = {
-            family: float(np.mean([miou(each, weights, present) for each in found]))
-            for family, found in counts.items()
+        found = {
+            family: {seed: miou(each, weights, present) for seed, each in by_seed.items()}
+            for family, by_seed in counts.items()
         }
-        return np.array([sum(sign * means[family] for family, sign in column) for column in columns])
+        return np.array(
+            [
+                np.mean([sum(sign * found[family][seed] for family, sign in signs) for seed in seeds])
+                for seeds, signs in columns.values()
+            ]
+        )
 
-    metrics = named(names, statistic, len(first), 0)
+    metrics = named(tuple(columns), statistic, len(first), 0)
     chance = miou(constant_counts(first), np.ones(len(first)), present)
     metrics[f"finetune/{task}/miou_chance"] = chance
     return {"metrics": metrics, "classes": list(_class_rows(counts, class_names, present))}
 
 
-def _columns(counts: Counts, task: str) -> tuple[tuple[str, ...], list[list[tuple[Family, int]]]]:
-    """Names of the figures, and the signed sum of families that each of them is."""
-    columns: dict[str, list[tuple[Family, int]]] = {}
-    for family in counts:
-        prefix = f"finetune/{task}" + ("" if family.tune == "predictor" else f"/{family.tune}")
-        suffix = "_random_predictor" if family.start == "random" else ""
-        columns[f"{prefix}/miou{suffix}"] = [(family, 1)]
+Column = tuple[list[int], list[tuple[Family, int]]]
+"""the mean over some seeds of a signed sum of families"""
+
+
+def _columns(counts: Counts, task: str, ways: tuple[str, ...]) -> dict[str, Column]:
+    """What each figure is."""
+    columns: dict[str, Column] = {}
+    for family, found in counts.items():
+        columns[figure_name(family, task, "miou", ways)] = list(found), [(family, 1)]
         control = Family(family.tune, "random", family.tasks)
-        if family.start == "pretrained" and control in counts:
-            columns[f"{prefix}/miou_difference"] = [(family, 1), (control, -1)]
-    return tuple(columns), list(columns.values())
+        shared = [seed for seed in found if seed in counts.get(control, {})]
+        if family.start == "pretrained" and shared:
+            signs = [(family, 1), (control, -1)]
+            columns[figure_name(family, task, "miou_difference", ways)] = shared, signs
+    return columns
+
+
+def _first(by_seed: Mapping[int, NDArray[np.int64]]) -> NDArray[np.int64]:
+    return by_seed[min(by_seed)]
 
 
 def _class_rows(
     counts: Counts, class_names: Sequence[str], present: NDArray[np.bool_]
 ) -> Iterator[dict[str, Any]]:
     for family, found in counts.items():
-        first = found[0]
+        first = _first(found)
 
         def statistic(weights: Floats, first: NDArray[np.int64] = first) -> Floats:
             # A resample without the class says nothing of it: zero for a class that is never predicted either.
@@ -103,12 +126,31 @@ def _class_rows(
                 }
 
 
+def efficiency(
+    costs: Mapping[Arm, Mapping[str, Any]],
+    counts: Counts,
+    metrics: Mapping[str, float],
+    ways: tuple[str, ...],
+) -> list[dict[str, Any]]:
+    """One row of score and cost for each family (see finetuning.summary.efficiency_row)."""
+    rows = []
+    for family, found in counts.items():
+        arms = [arm for arm in costs if arm.family == family]
+        name = figure_name(family, arms[0].tasks[0], "miou", ways)
+        interval = Interval(metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"])
+        scores = [miou_of_present(found[arm.seed]) for arm in arms]
+        rows.append(
+            efficiency_row(arms, arms[0].tasks[0], "miou", interval, scores, [costs[arm] for arm in arms])
+        )
+    return rows
+
+
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary as tables."""
     metrics = summary["metrics"]
-    found = []
+    found = [*table_lines(summary["efficiency"], "miou", "mIoU"), ""]
     for name, value in metrics.items():
-        if name.endswith(("_low", "_high")):
+        if name.endswith(("_low", "_high", "/miou", "/miou_random_predictor")):  # those stand in the table
             continue
         between = ""
         if f"{name}_low" in metrics:

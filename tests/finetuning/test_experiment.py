@@ -1,13 +1,16 @@
+import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from iwm_ray.finetuning.arms import Arm
+from iwm_ray.finetuning.arms import Arm, ArmResult
 from iwm_ray.finetuning.experiment import Experiment
 from iwm_ray.finetuning.model import weights_hash
 from iwm_ray.finetuning.settings import FinetuneConfig
+from iwm_ray.finetuning.summary import summarise
 from iwm_ray.finetuning.tuning import ArmTraining, work
 from iwm_ray.training import metrics_log
 from iwm_ray.workers import train_here
@@ -104,6 +107,63 @@ def test_the_folder_is_named_by_what_decides_the_results(trained, config):
     def name(**changes):
         return Experiment.open(trained, FinetuneConfig(**(config.model_dump() | changes)), None).folder
 
-    assert name() == name(seeds=(5,)) == name(tune=("both",))
-    assert len({name(), name(head="linear"), name(lr=1e-2, epochs=1)}) == 3
+    assert name() == name(seeds=(5,)) == name(tune=("both",)) == name(lr_grid=(1e-3,))
+    others = [name(head="linear"), name(lr=1e-2), name(lr_grid=(1e-3, 1e-2)), name(epochs=1)]
+    assert len({name(), *others}) == 5
     assert name().parent == trained.run.path / "finetune"
+
+
+def test_other_images_of_the_same_names_and_sizes_have_another_folder(trained, config, task, tmp_path):
+    data = tmp_path / "data"
+    names = []
+    for value in (1, 2):
+        for part, count in (("train", 4), ("test", 3)):
+            for number in range(count):
+                path = data / part / str(number % 2) / f"{number}.bmp"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = np.full((16, 16, 3), value + number, np.uint8)
+                Image.fromarray(pixels).save(path.with_suffix(".png"), compress_level=0)
+        paths = {"path": (str(data / "train"),), "test_path": (str(data / "test"),)}
+        asked = config.model_copy(update={"data": config.data.model_copy(update=paths), "batch_size": 2})
+        names.append(Experiment.open(trained, asked, None).folder.name)
+    assert names[0] != names[1]
+
+
+def test_a_folder_holds_what_is_true_of_all_its_arms(trained, config, tmp_path):
+    """Whatever the last call was about: the first one's settings and figures stay beside it."""
+    asked = config.model_copy(update={"steps": 1, "seeds": (0, 1)})
+    first = Experiment.open(trained, asked, tmp_path / "out")
+    first.folder.mkdir()
+    first.start()
+    first.run(here(first))
+    recorded = (first.folder / "config.json").read_text()
+    whole = summarise(first.results(), first.tasks)["metrics"]
+    more = Experiment.open(
+        trained, asked.model_copy(update={"seeds": (2,), "tune": ("encoder",)}), first.folder
+    )
+    more.start()
+    more.run(here(more))
+    assert (first.folder / "config.json").read_text() == recorded and "seeds" not in json.loads(recorded)
+    found = summarise(more.results(), more.tasks)
+    assert whole.items() <= found["metrics"].items()
+    assert [(row["tune"], row["seeds"]) for row in found["efficiency"]] == [
+        ("predictor", [0, 1]),
+        ("predictor", [0, 1]),
+        ("encoder", [2]),
+    ]
+    for arm, result in more.results().items():
+        own = json.loads((first.folder / "arms" / f"{arm.name}.json").read_text())
+        assert own["settings"]["lr"] == arm.lr and own["settings"]["steps"] == 1
+        (figure,) = (value for name, value in own["figures"].items() if not name.endswith(("_low", "_high")))
+        assert figure == result.rights("photos_tiny").mean()
+
+
+def test_a_difference_is_of_the_seeds_that_both_have():
+    def arm(start, seed, correct):
+        result = ArmResult({"a": correct}, 1, 1, 0.0, 1, 1.0, 1, "tokens", "", "")
+        return Arm("predictor", start, ("a",), seed, 1.0), result
+
+    results = dict([arm("pretrained", 0, "1100"), arm("pretrained", 1, "0000"), arm("random", 0, "1000")])
+    metrics = summarise(results, {}, ("linear_head",))["metrics"]
+    assert metrics["finetune/a/linear_head/top1"] == 0.25
+    assert metrics["finetune/a/linear_head/difference"] == 0.25

@@ -9,7 +9,7 @@ import torch
 from iwm_ray.errors import RunError
 from iwm_ray.evaluation.encoders import RunEncoder
 from iwm_ray.finetuning.classification import ClassObjective, measure
-from iwm_ray.finetuning.data import Steps, TokenRows, encode
+from iwm_ray.finetuning.data import Steps, TokenRows, Tokens, encode
 from iwm_ray.finetuning.fit import ArmRecord, Between, TuneState, fit, rate_share
 from iwm_ray.finetuning.model import Asking, weights_hash
 from iwm_ray.loader import to_tensors
@@ -50,7 +50,8 @@ def train(trained, tmp_path):
 
 
 def test_it_learns_and_leaves_the_encoder_alone(tuned_network, config, trained, model, task, train):
-    rows = TokenRows(encode(RunEncoder(trained, for_predictor=True), task.train))
+    tokens = Tokens(encode(RunEncoder(trained, for_predictor=True), task.train))
+    rows = TokenRows(task.train.samples, task.train.labels, tokens)
     tuned, asking = tuned_network(config), Asking(trained.policy, 16)
     frozen, predictor = weights_hash(tuned.encoder), weights_hash(tuned.predictor)
     before = measure(tuned, "photos", rows, asking, 7, nullcontext).mean()
@@ -86,7 +87,8 @@ def test_parts_of_a_batch_are_the_batch(tuned_network, config, task, train):
 
 
 def test_measuring_does_not_depend_on_the_size_of_its_batches(tuned_network, config, trained, task):
-    rows = TokenRows(encode(RunEncoder(trained, for_predictor=True), task.test))
+    tokens = Tokens(encode(RunEncoder(trained, for_predictor=True), task.test))
+    rows = TokenRows(task.test.samples, task.test.labels, tokens)
     tuned, asking = tuned_network(config), Asking(trained.policy, 16)
     small, large = (measure(tuned, "photos", rows, asking, size, nullcontext) for size in (3, 64))
     assert small.shape == (len(rows),) and np.array_equal(small, large)
@@ -96,6 +98,7 @@ def test_a_loss_that_is_not_finite_ends_the_arm(tuned_network, config, trained, 
     tuned = tuned_network(config)
     with torch.no_grad():
         tuned.head("photos").classify.weight.fill_(torch.inf)
-    rows = TokenRows(encode(RunEncoder(trained, for_predictor=True), task.train))
+    tokens = Tokens(encode(RunEncoder(trained, for_predictor=True), task.train))
+    rows = TokenRows(task.train.samples, task.train.labels, tokens)
     with pytest.raises(RunError, match="at --lr 0.003; lower it"):
         train(tuned, rows, config, 3)

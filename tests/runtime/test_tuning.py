@@ -49,7 +49,9 @@ def adapter(folder):
 
 def losses(folder):
     return {
-        path.parent.name: [(row["step"], row["train/loss"]) for row in metrics_log.read(path)]
+        path.parent.name: [
+            (row["step"], row["train/loss"]) for row in metrics_log.read(path) if "train/loss" in row
+        ]
         for path in sorted((folder / "arms").glob("*/metrics.jsonl"))
     }
 

@@ -47,7 +47,7 @@ def test_a_perfect_network_beside_its_control(pictures):
     predicted, classes = pictures
     perfect, control = (Family("predictor", start, ("shapes",)) for start in ("pretrained", "random"))
     found = summarise(
-        {perfect: counts(classes, classes)[None], control: counts(predicted, classes)[None]}, "abcd", "shapes"
+        {perfect: {0: counts(classes, classes)}, control: {0: counts(predicted, classes)}}, "abcd", "shapes"
     )
     metrics = found["metrics"]
     assert metrics["finetune/shapes/miou"] == metrics["finetune/shapes/miou_low"] == 1
@@ -56,4 +56,14 @@ def test_a_perfect_network_beside_its_control(pictures):
     assert metrics["finetune/shapes/miou_difference"] == pytest.approx(1 - below)
     assert [row["class"] for row in found["classes"]] == ["a", "b", "c"] * 2  # no pixel is d
     assert sum(row["pixels"] for row in found["classes"][:3]) == pytest.approx(1)
-    assert any(line.startswith("shapes/miou  100.00 %") for line in lines(found))
+    assert any(line.startswith("shapes/miou_difference  ") for line in lines(found | {"efficiency": []}))
+
+
+def test_a_difference_is_of_the_seeds_that_both_have(pictures):
+    predicted, classes = pictures
+    ours, control = (Family("predictor", start, ("shapes",)) for start in ("pretrained", "random"))
+    good, bad = counts(classes, classes), counts(predicted, classes)
+    found = summarise({ours: {0: good, 1: bad}, control: {0: bad}}, "abcd", "shapes", ("linear_head",))
+    metrics, below = found["metrics"], miou(bad, np.ones(7), np.array([True, True, True, False]))
+    assert metrics["finetune/shapes/linear_head/miou"] == pytest.approx((1 + below) / 2)
+    assert metrics["finetune/shapes/linear_head/miou_difference"] == pytest.approx(1 - below)
