@@ -37,23 +37,36 @@ def preflight(config: Config) -> str:
     Raises:
         UsageError: more is asked than there is, with the fix.
     """
-    from iwm_ray.runtime import tracking
-
-    warning = tracking.check_uri(config)
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
+    check_tracking(config)
     if config.runtime.engine == "local":
-        return _preflight_here(config)
-    if importlib.util.find_spec("ray") is None:
-        raise UsageError(
-            "runtime.engine ray: ray is not installed; pip install 'ray[data,default,train,tune]'"
-        )
+        return preflight_here(config)
+    require_ray("runtime.engine ray")
     from iwm_ray.runtime import cluster
 
     return cluster.preflight(config)
 
 
-def _preflight_here(config: Config) -> str:
+def check_tracking(config: Config) -> None:
+    """Warns of a store that is away.
+
+    Raises:
+        UsageError: one that cannot be used.
+    """
+    from iwm_ray.runtime import tracking
+
+    warning = tracking.check_uri(config)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def require_ray(setting: str) -> None:
+    """Raises UsageError where Ray is not installed, for which this setting asks."""
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(f"{setting}: ray is not installed; pip install 'ray[data,default,train,tune]'")
+
+
+def preflight_here(config: Config) -> str:
+    """`preflight` of engine local."""
     if config.runtime.num_workers > 1:
         raise UsageError(
             f"runtime.num_workers {config.runtime.num_workers}: engine local has one worker; set runtime.engine ray"

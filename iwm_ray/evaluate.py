@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iwm_ray import cli
+from iwm_ray.driver import require_ray
 from iwm_ray.errors import UsageError
 from iwm_ray.evaluation.settings import EvaluateConfig, MeasureConfig
 from iwm_ray.evaluation.table import table_lines
@@ -148,6 +149,7 @@ def open_measurement(trained: "Trained", config: EvaluateConfig, cheap: bool = F
 
 
 def _connect(trained: "Trained", config: EvaluateConfig) -> None:
+    require_ray("runtime.engine ray")
     from iwm_ray.runtime import cluster
 
     asked = trained.config.model_copy(update={"runtime": config.runtime})

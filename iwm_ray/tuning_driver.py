@@ -59,9 +59,14 @@ def preflight(tuning: Tuning) -> str:
     Raises:
         UsageError: more is asked than there is.
     """
-    if tuning.config.runtime.arms == "tune":
-        return _room(tuning).line
-    return driver.preflight(_asked(tuning))
+    config = _asked(tuning)
+    if tuning.config.runtime.arms != "tune":
+        return driver.preflight(config)
+    driver.check_tracking(config)
+    driver.require_ray("runtime.arms tune")
+    if config.runtime.engine == "local":
+        driver.preflight_here(config)
+    return _room(tuning).line
 
 
 def run(tuning: Tuning, stop: Stop | None, debug: bool = False) -> None:
@@ -79,14 +84,16 @@ def run(tuning: Tuning, stop: Stop | None, debug: bool = False) -> None:
     RunDirectory(tuning.folder).stop_request.unlink(missing_ok=True)
     track(tuning, {}, ())  # the parent of the arms' MLflow runs
     config = _asked(tuning)
+    folders = {"--output": tuning.folder, "runtime.cache": Path(config.runtime.cache)}
     if tuning.config.runtime.arms == "tune":
-        from iwm_ray.runtime import tune
+        from iwm_ray.runtime import cluster, tune
 
         room = _room(tuning)
         tune.connect(config, room, debug)
+        for setting, folder in folders.items():
+            cluster.check_shared_directory(folder, setting)
         train = _side_by_side(tuning, room)
     else:
-        folders = {"--output": tuning.folder, "runtime.cache": Path(config.runtime.cache)}
         driver.connect(config, folders, debug)
         train = _in_turns(tuning)
     with stop.listening() if stop else nullcontext():

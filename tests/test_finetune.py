@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import iwm_ray
+from iwm_ray import driver
 from iwm_ray.finetune import main
 from iwm_ray.finetuning.model import weights_hash
 from iwm_ray.trained import Trained
@@ -260,6 +261,23 @@ def test_bad_input_is_one_line_and_exit_2(clean_run, tmp_path, capsys, arguments
     assert finetune(clean_run, "--output", tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "where", [["--runtime.engine", "ray"], ["--runtime.arms", "tune"]], ids=lambda words: words[1]
+)
+def test_what_is_missing_for_ray_is_one_line_and_exit_2(clean_run, tmp_path, capsys, monkeypatch, where):
+    tiny = [*PHOTOS, *SMALL, "--output", tmp_path / "out", *where]
+    assert finetune(clean_run, *tiny, "--tracking.uri", "file:///tmp/x") == 2
+    assert "file stores" in capsys.readouterr().err
+    find = driver.importlib.util.find_spec
+    monkeypatch.setattr(
+        driver.importlib.util, "find_spec", lambda name: None if name == "ray" else find(name)
+    )
+    assert finetune(clean_run, *tiny) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "ray is not installed" in error and where[1] in error
     assert not (tmp_path / "out").exists()
 
 

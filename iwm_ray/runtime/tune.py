@@ -34,6 +34,7 @@ Work = Callable[[Job], None]
 Say = Callable[[str], None]
 
 _POLL_SECONDS = 0.2
+_USAGE, _FAILED = "usage_error", "run_error"  # results by which a trial says that no repetition can mend it
 _HEAD = "node:__internal_head__"  # a resource that only the head node has, in plenty
 
 
@@ -236,7 +237,7 @@ def run_beside(
     *,
     max_failures: int,
 ) -> None:
-    """Runs functions as Tune trials, each at most `max_failures` + 1 times.
+    """Runs functions as Tune trials, each at most `max_failures` + 1 times; what no repetition can mend fails at once.
 
     Args:
         trials: what they do; each travels to the process that does it.
@@ -245,11 +246,17 @@ def run_beside(
         max_failures: attempts after the first, of those whose process dies.
 
     Raises:
-        RunError: a trial failed; the others were run.
+        UsageError, RunError: a trial failed; the others were run.
     """
 
-    def trial(config: dict[str, Any], trials: Sequence[Callable[[], None]]) -> None:
-        trials[config["number"]]()
+    def trial(config: dict[str, Any], trials: Sequence[Callable[[], None]]) -> dict[str, str]:
+        try:
+            trials[config["number"]]()
+        except UsageError as failure:
+            return {_USAGE: str(failure)}
+        except RunError as failure:
+            return {_FAILED: str(failure)}
+        return {}
 
     folder = tempfile.mkdtemp(prefix="iwm-tune-")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -266,9 +273,15 @@ def run_beside(
         ),
     )
     try:
-        failures = [str(error) for error in tuner.fit().errors]
+        results = tuner.fit()
+        failures = [str(error) for error in results.errors]
+        told = [result.metrics or {} for result in results]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    for name, kind in ((_USAGE, UsageError), (_FAILED, RunError)):
+        messages = [metrics[name] for metrics in told if name in metrics]
+        if messages:
+            raise kind(messages[0])
     if failures:
         lines = [line.strip() for line in failures[0].splitlines() if line.strip()]
         raise RunError(lines[-1] if lines else "a trial's process died")
@@ -281,7 +294,7 @@ class _Titles(Callback):
         self._titles, self._ended = titles, 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, "done")
+        self._end(trial, "failed" if {_USAGE, _FAILED} & set(trial.last_result or ()) else "done")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, "failed")

@@ -13,7 +13,10 @@ import pytest
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from iwm_ray.config import Config, RuntimeConfig
+from iwm_ray.errors import UsageError
 from iwm_ray.finetune import main as finetune_main
+from iwm_ray.runtime import tune
 from iwm_ray.segment import main as segment_main
 from iwm_ray.training import metrics_log
 
@@ -154,6 +157,29 @@ def test_rates_as_trials(ray_cluster, clean_run, tmp_path, capsys):
     (one, two) = (json.loads((each / "summary.json").read_text()) for each in (turns, trials))
     assert one["metrics"] == two["metrics"]
     assert adapter(trials).read_bytes() == adapter(turns).read_bytes()
+
+
+def test_what_no_repetition_can_mend_is_tried_once(ray_cluster, tmp_path, capfd):
+    """A mistake of the user ends its trial with its message; a process that dies is tried again."""
+    room = tune.make_room(Config(recipe="photos_tiny", runtime=RuntimeConfig(engine="local")), 1.0, 2)
+    notes = tmp_path / "notes"
+
+    def mistake():
+        with notes.open("a") as file:
+            file.write("mistake\n")
+        raise UsageError("--lr 7: too much")
+
+    def weak():
+        with notes.open("a") as file:
+            file.write("weak\n")
+        if notes.read_text().count("weak") == 1:
+            raise RuntimeError("again")
+
+    with pytest.raises(UsageError, match="^--lr 7: too much$"):
+        tune.run_beside([mistake, weak], ["a", "b"], room, max_failures=2)
+    assert sorted(notes.read_text().split()) == ["mistake", "weak", "weak"]
+    said = capfd.readouterr().out
+    assert "a: failed" in said and "b: done" in said
 
 
 @pytest.fixture(scope="module")
