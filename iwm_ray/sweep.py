@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from iwm_ray import cli
 from iwm_ray.config import Config, TrackingConfig
+from iwm_ray.driver import Stop, beside
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.settings import MeasureConfig
 from iwm_ray.finetuning.settings import FinetuneConfig, FinetuneDataConfig
@@ -308,14 +310,21 @@ def _write_report(report: "Report", options: argparse.Namespace) -> None:
 
 
 def run(plan: Plan, debug: bool = False) -> None:
-    """Runs the trials that are left; fails only where nothing could be started at all."""
+    """Runs the trials that are left; fails only where nothing could be started at all.
+
+    Raises:
+        SystemExit: a signal stopped it, after saving (130 or 143).
+    """
     from iwm_ray.runtime import tune
     from iwm_ray.trial import run_trial
 
     if not plan.left:
         return
     sweep, directory = plan.sweep, plan.directory
-    with RunDirectory(directory.path).lock():
+    run_directory = RunDirectory(directory.path)
+    stop = Stop(run_directory)
+    with run_directory.lock():
+        run_directory.stop_request.unlink(missing_ok=True)
         directory.plan(sweep, plan.trials)
         with _parent(plan) as tags:
             tune.connect(plan.left[0].config, plan.room, debug)
@@ -325,7 +334,8 @@ def run(plan: Plan, debug: bool = False) -> None:
                 from iwm_ray.runtime.optuna_search import TwoGoals
 
                 searcher = TwoGoals(sweep, directory)
-            tune.run_trials(
+            run_trials = partial(
+                tune.run_trials,
                 jobs,
                 run_trial,
                 plan.room,
@@ -335,6 +345,11 @@ def run(plan: Plan, debug: bool = False) -> None:
                 num_samples=plan.num_samples,
                 say=lambda line: print(line, flush=True),
             )
+            with stop.listening():
+                beside(lambda: None, run_trials)
+            if stop.received:
+                print("saved; the same command goes on from there", flush=True)
+                sys.exit(stop.exit_code)
         if plan.asha:
             _note_stopped(plan)
 

@@ -185,6 +185,8 @@ def run_trials(
 ) -> None:
     """Runs the trials, each at most `max_failures` + 1 times; the results are in the sweep's folder.
 
+    A stop request there has those under way save and stop, and no other begin.
+
     Args:
         jobs: the trials to run; with a searcher one of them as the pattern, whose trial is replaced.
         work: does a job, in a process of the cluster.
@@ -323,11 +325,13 @@ class _Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """The next value of the metric, or the end of the trial."""
         while self._thread is not None and self._thread.is_alive():
+            if self._is_stopped:
+                self._end()
             row = self._next_row()
             if row:
                 return row
             self._thread.join(_POLL_SECONDS)
-        if self._failed:
+        if self._failed and not self._is_stopped:
             self._job.directory.note_failure(self._job.trial, _reason(self._failed[0]))
             raise self._failed[0]
         return self._last | {"done": True}
@@ -338,8 +342,15 @@ class _Trial(tune.Trainable):
         self._job = replace(self._pattern, trial=trial, tags=tags)
         self._failed: list[BaseException] = []
         self._last: dict[str, Any] = {"step": -1}
-        self._thread = threading.Thread(target=self._run, name=f"trial-{trial.hash}", daemon=True)
-        self._thread.start()
+        self._thread = None
+        if not self._is_stopped:
+            self._thread = threading.Thread(target=self._run, name=f"trial-{trial.hash}", daemon=True)
+            self._thread.start()
+
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether the whole sweep is asked to save and stop."""
+        return RunDirectory(self._job.directory.path).stop_request.exists()
 
     def _run(self) -> None:
         try:
@@ -357,10 +368,13 @@ class _Trial(tune.Trainable):
         return None
 
     def _end(self) -> None:
-        """Asks the training to save and stop, and waits: then nothing of it is left, in this process or on the cluster."""
+        """Asks the training, and the finetuning, to save and stop, and waits: then nothing of it is left, in this process
+        or on the cluster."""
         while self._thread is not None and self._thread.is_alive():
-            if self._job.run.path.is_dir():
-                self._job.run.stop_request.touch()
+            # Again and again: what begins only now has cleared the request of an earlier start.
+            for folder in (self._job.run.path, *self._job.run.path.glob("finetune/*/")):
+                if folder.is_dir():
+                    RunDirectory(folder).stop_request.touch()
             self._thread.join(1.0)
 
 
@@ -377,7 +391,8 @@ class _Lines(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         job = self._job(trial)
-        self._say(f"{self._number()} {job.trial.title}: {_result(job.run)}, {self._seconds(trial)}")
+        if not RunDirectory(job.directory.path).stop_request.exists():
+            self._say(f"{self._number()} {job.trial.title}: {_result(job.run)}, {self._seconds(trial)}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(f"again {self._job(trial).trial.title}: {self._failure(trial)}")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ray.util.placement_group import placement_group_table
 from iwm_ray.cli import parse_pretrain
 from iwm_ray.config import Config
 from iwm_ray.errors import UsageError
+from iwm_ray.finetuning.settings import FinetuneConfig
 from iwm_ray.run_directory import read_lines
 from iwm_ray.runtime import tune
 from iwm_ray.runtime.cluster import Asked, Node
@@ -54,15 +56,16 @@ def test_a_share_of_a_gpu_is_a_whole_part_of_it():
 
 @pytest.fixture
 def run_sweep(tiny_command):
-    """`run_sweep(output, axes, words, changes)`: runs a tiny sweep as its command does; gives the exit code."""
+    """`run_sweep(output, axes, words, changes, finetune)`: runs a tiny sweep as its command does; gives the exit code."""
 
-    def run(output: Path, axes: tuple[Axis, ...], words=(), changes=None) -> int:
+    def run(output: Path, axes: tuple[Axis, ...], words=(), changes=None, finetune=None) -> int:
         options = {"--runtime.engine": "local"} | (changes or {})
         config = parse_pretrain(tiny_command(output, options))[0].config
 
         def define(size: str) -> Sweep:
             sweep = Sweep("test", "Does it work?", config, axes)
-            return Sweep("test", "Does it work?", config, axes, sweep.measure.model_copy(update=MEASURED))
+            measure = sweep.measure.model_copy(update=MEASURED)
+            return Sweep("test", "Does it work?", config, axes, measure, finetune=finetune)
 
         with pytest.raises(SystemExit) as ended:
             main(define, ["--output", str(output), *words])
@@ -247,3 +250,31 @@ def test_a_killed_driver_loses_nothing(clean_run, tiny_command, tmp_path):
     ours, clean = (checkpoint.newest_valid(path / "checkpoints") for path in (run, clean_run))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (ours.path / name).read_bytes() == (clean.path / name).read_bytes()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c_in_a_finetuning_stops_after_the_step_at_hand(ray_cluster, run_sweep, tmp_path, capsys):
+    """Of two trials, one at once: the first is saved in its first arm, the second never begins."""
+    directory = SweepDirectory(tmp_path / "sweep")
+    axes = (Axis.of("predictor.conditioning", "none", "feature"),)
+    tuned = FinetuneConfig(steps=100_000, seeds=(0, 1))
+    data = {"--data.path": "photos_tiny", "--data.test-path": "photos_tiny:test", "--schedule.steps": 4}
+
+    def interrupt():
+        until = time.monotonic() + PATIENCE
+        arms = "trials/*/finetune/*/arms/*/metrics.jsonl"
+        while not any(path.stat().st_size for path in directory.path.glob(arms)) and time.monotonic() < until:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert run_sweep(directory.path, axes, ["--at-once", "1"], data, tuned) == 130
+    thread.join()
+    said = capsys.readouterr()
+    assert "saved; the same command goes on from there" in said.out and directory.failures() == {}
+    (run,) = directory.runs()
+    assert len(list(run.glob("finetune/*/arms/*/checkpoints/step_*"))) == 1
+    assert not list(run.glob("finetune/*/arms/*.json"))
+    assert_nothing_is_left()
