@@ -188,6 +188,9 @@ def test_a_segmenter_on_another_encoder_is_refused(segmented, clean_run, tmp_pat
     (copy / "segmenter.json").write_text(json.dumps(facts | {"encoder_hash": "0123"}))
     with pytest.raises(UsageError, match="belongs to the encoder 0123, this one is"):
         iwm_ray.load(copy, run=clean_run)
+    (copy / "segmenter.json").write_text(json.dumps(facts | {"config": {"steps": "many"}}))
+    with pytest.raises(RunError, match=r"damaged \(config.steps: .*segment again"):
+        iwm_ray.load(copy, run=clean_run)
     (copy / "segmenter.json").write_text(json.dumps(facts))
     (copy / "segmenter.safetensors").write_bytes(b"damaged")
     with pytest.raises(RunError, match="segment again"):

@@ -9,24 +9,25 @@ import os
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from iwm_ray.config import _Part
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.features import measuring, model_device
 from iwm_ray.finetuning.model import (
     Asking,
+    PredictorShape,
     Tuned,
     make_head,
     module_name,
-    predictor_of_shape,
-    predictor_shape,
     weights_hash,
 )
 from iwm_ray.finetuning.settings import FinetuneConfig
@@ -35,8 +36,49 @@ from iwm_ray.run_directory import write_json
 from iwm_ray.trained import Trained
 from iwm_ray.views.resize import clean_view
 
-_FORMAT = 1
+FORMAT = 1
 _TENSORS, FACTS = "adapter.safetensors", "adapter.json"
+
+
+class Origin(_Part):
+    """Which encoder an adapter or a segmenter belongs to, and where that is."""
+
+    format: int = FORMAT
+    encoder_hash: str
+    """`weights_hash` of the encoder as the run has it"""
+    run: str
+    """its run directory, seen from the adapter's folder"""
+    checkpoint: str
+    """name of the checkpoint's folder"""
+
+    def trained(self, folder: Path, run: Path | None) -> Trained:
+        """The checkpoint, or the run's newest where that is gone.
+
+        Args:
+            folder: of the adapter.
+            run: the run directory, where it has moved.
+        """
+        run = run or Path(os.path.normpath(folder.absolute() / self.run))
+        checkpoint = run / "checkpoints" / self.checkpoint
+        return Trained.open(checkpoint if checkpoint.is_dir() else run)
+
+
+class Facts(Origin):
+    """What stands in adapter.json."""
+
+    encoder: Literal["target", "context"]
+    has_encoder: bool
+    """whether the encoder was tuned, and is stored here"""
+    predictor: PredictorShape | None
+    head: Literal["attentive", "linear"]
+    action: Literal["null", "random"]
+    target_fraction: Annotated[float, Field(gt=0, le=1)]
+    tasks: dict[str, tuple[str, ...]]
+    """names of the classes of each"""
+    has_task_tokens: bool
+
+
+AnyFacts = TypeVar("AnyFacts", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -98,21 +140,20 @@ def save(
     partial = folder / f".{_TENSORS}.{os.getpid()}"
     save_file(tensors, partial)
     partial.replace(folder / _TENSORS)
-    facts = {
-        "format": _FORMAT,
-        "encoder_hash": encoder_hash,
-        "encoder": config.encoder,
-        "has_encoder": not tuned.is_frozen,
-        "run": os.path.relpath(trained.run.path, folder),
-        "checkpoint": trained.path.name,
-        "predictor": predictor_shape(trained) if tuned.predictor is not None else None,
-        "head": config.head,
-        "action": config.action,
-        "target_fraction": config.target_fraction,
-        "tasks": {name: list(names) for name, names in class_names.items()},
-        "has_task_tokens": bool(tuned.task_tokens),
-    }
-    write_json(folder / FACTS, facts)
+    facts = Facts(
+        encoder_hash=encoder_hash,
+        encoder=config.encoder,
+        has_encoder=not tuned.is_frozen,
+        run=os.path.relpath(trained.run.path, folder),
+        checkpoint=trained.path.name,
+        predictor=PredictorShape.of(trained) if tuned.predictor is not None else None,
+        head=config.head,
+        action=config.action,
+        target_fraction=config.target_fraction,
+        tasks=class_names,
+        has_task_tokens=bool(tuned.task_tokens),
+    )
+    write_json(folder / FACTS, facts.model_dump(mode="json"))
 
 
 def exists(folder: Path) -> bool:
@@ -129,9 +170,9 @@ def attach(folder: Path, encoder: Encoder) -> Tuned:
     """
     facts = _read_facts(folder)
     found = weights_hash(encoder)
-    if found != facts["encoder_hash"]:
+    if found != facts.encoder_hash:
         raise UsageError(
-            f"adapter {folder}: belongs to the encoder {facts['encoder_hash']}, this one is {found}; give the run of "
+            f"adapter {folder}: belongs to the encoder {facts.encoder_hash}, this one is {found}; give the run of "
             "its encoder"
         )
     try:
@@ -139,12 +180,12 @@ def attach(folder: Path, encoder: Encoder) -> Tuned:
     except (OSError, SafetensorError) as error:
         raise RunError(f"adapter {folder}: {_TENSORS} cannot be read ({error}); finetune again") from None
     predictor = None
-    if facts["predictor"] is not None:
-        predictor = predictor_of_shape(facts["predictor"], encoder)
-    heads = {name: make_head(facts["head"], encoder, len(names)) for name, names in facts["tasks"].items()}
-    with_tokens = facts["tasks"] if facts["has_task_tokens"] else ()
+    if facts.predictor is not None:
+        predictor = facts.predictor.make(encoder)
+    heads = {name: make_head(facts.head, encoder, len(names)) for name, names in facts.tasks.items()}
+    with_tokens = facts.tasks if facts.has_task_tokens else ()
     tokens = {name: nn.Parameter(tensors[f"task_tokens.{module_name(name)}"]) for name in with_tokens}
-    is_frozen = not facts["has_encoder"]
+    is_frozen = not facts.has_encoder
     own = encoder if is_frozen else deepcopy(encoder)
     tuned = Tuned(own, predictor, heads, tokens, is_frozen)
     expected = set(tuned.own_state())
@@ -160,42 +201,61 @@ def attach(folder: Path, encoder: Encoder) -> Tuned:
 def load(folder: Path, task: str = "", run: Path | None = None) -> Classifier:
     """See `iwm_ray.load`."""
     facts = _read_facts(folder)
-    if (not task and len(facts["tasks"]) > 1) or (task and task not in facts["tasks"]):
+    if (not task and len(facts.tasks) > 1) or (task and task not in facts.tasks):
         raise UsageError(
-            f"task {task!r}: the adapter {folder} has {', '.join(facts['tasks'])}; choose one of them"
+            f"task {task!r}: the adapter {folder} has {', '.join(facts.tasks)}; choose one of them"
         )
-    task = task or next(iter(facts["tasks"]))
+    task = task or next(iter(facts.tasks))
     trained = trained_of(folder, run)
     model = trained.load()
-    encoder = model.target_encoder if facts["encoder"] == "target" else model.encoder
+    encoder = model.target_encoder if facts.encoder == "target" else model.encoder
     asking = Asking(
         trained.policy,
         encoder.grid[0] * encoder.grid[1],
-        facts["action"] == "random",
-        facts["target_fraction"],
+        facts.action == "random",
+        facts.target_fraction,
     )
-    return Classifier(trained, attach(folder, encoder), task, tuple(facts["tasks"][task]), asking)
+    return Classifier(trained, attach(folder, encoder), task, facts.tasks[task], asking)
 
 
 def trained_of(folder: Path, run: Path | None = None) -> Trained:
     """The checkpoint that an adapter belongs to; `run` where its run has moved."""
     facts = _read_facts(folder)
-    run = run or Path(os.path.normpath(folder.absolute() / facts["run"]))
-    checkpoint = run / "checkpoints" / facts["checkpoint"]
-    return Trained.open(checkpoint if checkpoint.is_dir() else run)
+    return facts.trained(folder, run)
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
+def _read_facts(folder: Path) -> Facts:
+    return read_facts(Facts, folder, FACTS, "adapter", "finetune again")
+
+
+def read_facts(kind: type[AnyFacts], folder: Path, name: str, what: str, mend: str) -> AnyFacts:
+    """What the JSON file of an adapter or a segmenter says.
+
+    Args:
+        kind: of what it says.
+        folder: of the adapter.
+        name: of the file.
+        what: the adapter is, in words.
+        mend: how the user can.
+
+    Raises:
+        UsageError: no such file, or one of another format.
+        RunError: it is damaged.
+    """
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        tree = json.loads((folder / name).read_text())
+        version = tree.get("format")
     except OSError:
         raise UsageError(
-            f"adapter {folder}: no {FACTS} there; give a folder RUN/finetune/NAME/adapters/ARM"
+            f"{what} {folder}: no {name} there; give a folder RUN/finetune/NAME/adapters/ARM"
         ) from None
-    except ValueError as error:
-        raise RunError(f"adapter {folder}: {FACTS} is damaged ({error}); finetune again") from None
-    if facts.get("format") != _FORMAT:
-        raise UsageError(
-            f"adapter {folder}: format {facts.get('format')}, this version reads {_FORMAT}; update iwm_ray"
-        )
-    return facts
+    except (ValueError, AttributeError) as error:
+        raise RunError(f"{what} {folder}: {name} is damaged ({error}); {mend}") from None
+    if version != FORMAT:
+        raise UsageError(f"{what} {folder}: format {version}, this version reads {FORMAT}; update iwm_ray")
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RunError(f"{what} {folder}: {name} is damaged ({place}: {first['msg']}); {mend}") from None

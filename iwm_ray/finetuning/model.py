@@ -10,9 +10,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from iwm_ray.config import PredictorConfig
+from iwm_ray.config import PredictorConfig, _Part
 from iwm_ray.finetuning.settings import FinetuneConfig, Tune
 from iwm_ray.model.encoder import Encoder
 from iwm_ray.model.heads import AttentiveHead, LinearHead
@@ -234,20 +235,22 @@ def make_head(kind: Literal["attentive", "linear"], encoder: Encoder, num_classe
     return AttentiveHead(encoder.width, num_classes, encoder.vit.blocks[0].attn.num_heads)
 
 
-def predictor_shape(trained: Trained) -> dict[str, Any]:
-    """What `predictor_of_shape` needs besides the encoder, as JSON."""
-    run = trained.config
-    return {
-        "config": run.predictor.model_dump(mode="json"),
-        "num_heads": run.predictor_heads,
-        "action_dim": trained.policy.action_dim,
-    }
+class PredictorShape(_Part):
+    """What a predictor is made from besides its encoder."""
 
+    config: PredictorConfig
+    num_heads: PositiveInt
+    action_dim: NonNegativeInt
 
-def predictor_of_shape(shape: dict[str, Any], encoder: Encoder) -> Predictor:
-    """A predictor whose weights are to be loaded."""
-    config = PredictorConfig.model_validate(shape["config"])
-    return Predictor(config, encoder.width, shape["num_heads"], encoder.grid, shape["action_dim"])
+    @classmethod
+    def of(cls, trained: Trained) -> "PredictorShape":
+        """That of a run's predictor."""
+        run = trained.config
+        return cls(config=run.predictor, num_heads=run.predictor_heads, action_dim=trained.policy.action_dim)
+
+    def make(self, encoder: Encoder) -> Predictor:
+        """A predictor whose weights are to be loaded."""
+        return Predictor(self.config, encoder.width, self.num_heads, encoder.grid, self.action_dim)
 
 
 def set_drop_path(encoder: Encoder, rate: float) -> None:

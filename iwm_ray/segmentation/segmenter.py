@@ -3,11 +3,9 @@
 A folder with segmenter.safetensors (predictor, head; the encoder too where it was tuned) and segmenter.json.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +16,9 @@ from torch import Tensor
 
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.features import measuring, model_device
+from iwm_ray.finetuning.adapter import Origin, read_facts
 from iwm_ray.finetuning.model import Start, Tuned, weights_hash
+from iwm_ray.finetuning.settings import Tune
 from iwm_ray.model.iwm import IWM
 from iwm_ray.run_directory import write_json
 from iwm_ray.segmentation.network import assemble, image_size, logits
@@ -26,8 +26,15 @@ from iwm_ray.segmentation.settings import SegmentConfig
 from iwm_ray.trained import Trained
 from iwm_ray.views.resize import resize
 
-_FORMAT = 1
 _TENSORS, FACTS = "segmenter.safetensors", "segmenter.json"
+
+
+class Facts(Origin):
+    """What stands in segmenter.json."""
+
+    tune: Tune
+    config: SegmentConfig
+    class_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -85,16 +92,16 @@ def save(
     partial = folder / f".{_TENSORS}.{os.getpid()}"
     save_file(tensors, partial)
     partial.replace(folder / _TENSORS)
-    facts = {
-        "format": _FORMAT,
-        "encoder_hash": weights_hash(_encoder(model, config)),
-        "tune": "predictor" if tuned.is_frozen else "encoder" if tuned.predictor is None else "both",
-        "run": os.path.relpath(trained.run.path, folder),
-        "checkpoint": trained.path.name,
-        "config": config.model_dump(mode="json", exclude={"data", "runtime"}),
-        "class_names": list(class_names),
-    }
-    write_json(folder / FACTS, facts)
+    facts = Facts(
+        encoder_hash=weights_hash(_encoder(model, config)),
+        tune="predictor" if tuned.is_frozen else "encoder" if tuned.predictor is None else "both",
+        run=os.path.relpath(trained.run.path, folder),
+        checkpoint=trained.path.name,
+        config=config,
+        class_names=class_names,
+    )
+    tree = facts.model_dump(mode="json", exclude={"config": {"data", "runtime"}})
+    write_json(folder / FACTS, tree)
 
 
 def load(folder: Path, run: Path | None = None) -> Segmenter:
@@ -104,19 +111,17 @@ def load(folder: Path, run: Path | None = None) -> Segmenter:
         UsageError: none there, or its run has another encoder.
         RunError: its files are damaged.
     """
-    facts = _read_facts(folder)
-    run = run or Path(os.path.normpath(folder.absolute() / facts["run"]))
-    checkpoint = run / "checkpoints" / facts["checkpoint"]
-    trained = Trained.open(checkpoint if checkpoint.is_dir() else run)
-    model, config = trained.load(), SegmentConfig.model_validate(facts["config"])
+    facts = read_facts(Facts, folder, FACTS, "segmenter", "segment again")
+    trained = facts.trained(folder, run)
+    model, config = trained.load(), facts.config
     found = weights_hash(_encoder(model, config))
-    if found != facts["encoder_hash"]:
+    if found != facts.encoder_hash:
         raise UsageError(
-            f"segmenter {folder}: belongs to the encoder {facts['encoder_hash']}, this one is {found}; give its own run"
+            f"segmenter {folder}: belongs to the encoder {facts.encoder_hash}, this one is {found}; give its own run"
         )
-    start: Start = "none" if facts["tune"] == "encoder" else "pretrained"
-    names = tuple(facts["class_names"])
-    tuned = assemble(trained, model, config, facts["tune"], start, len(names), 0)
+    start: Start = "none" if facts.tune == "encoder" else "pretrained"
+    names = facts.class_names
+    tuned = assemble(trained, model, config, facts.tune, start, len(names), 0)
     try:
         tensors = load_file(folder / _TENSORS)
         missing = set(tuned.own_state()) - set(tensors)
@@ -132,19 +137,3 @@ def load(folder: Path, run: Path | None = None) -> Segmenter:
 
 def _encoder(model: IWM, config: SegmentConfig) -> torch.nn.Module:
     return model.target_encoder if config.encoder == "target" else model.encoder
-
-
-def _read_facts(folder: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads((folder / FACTS).read_text())
-    except OSError:
-        raise UsageError(
-            f"segmenter {folder}: no {FACTS} there; give a folder RUN/finetune/NAME/adapters/ARM"
-        ) from None
-    except ValueError as error:
-        raise RunError(f"segmenter {folder}: {FACTS} is damaged ({error}); segment again") from None
-    if facts.get("format") != _FORMAT:
-        raise UsageError(
-            f"segmenter {folder}: format {facts.get('format')}, this version reads {_FORMAT}; update iwm_ray"
-        )
-    return facts

@@ -107,6 +107,10 @@ def test_damage_is_named(save, tmp_path):
     (folder / "adapter.json").write_text(json.dumps(facts | {"format": 9}))
     with pytest.raises(UsageError, match="format 9"):
         iwm_ray.load(folder)
+    for damaged in ("[", "[]", json.dumps(facts | {"head": "big"}), json.dumps({"format": 1})):
+        (folder / "adapter.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"adapter\.json is damaged .*; finetune again$"):
+            iwm_ray.load(folder)
     (folder / "adapter.json").write_text(json.dumps(facts))
     whole = (folder / "adapter.safetensors").read_bytes()
     (folder / "adapter.safetensors").write_bytes(whole[:-100])
