@@ -15,18 +15,45 @@ def load(path: Path | str, task: str = "", run: Path | str | None = None) -> "Cl
     `.class_names`.
 
     Args:
-        path: the folder of an adapter, RUN/finetune/NAME/adapters/ARM.
+        path: the folder of an adapter, RUN/finetune/NAME/adapters/ARM; RUN or RUN/finetune/NAME where there is only one.
         task: which of its tasks; needed where it has several.
         run: the run directory of its encoder, where that has moved.
 
     Raises:
-        UsageError: no adapter there, no such task, or the encoder is not the one that it belongs to.
+        UsageError: no adapter there, or several, no such task, or the encoder is not the one that it belongs to.
+        RunError: its files are damaged.
     """
     # torch takes seconds to load
     from iwm_ray.finetuning import adapter
     from iwm_ray.segmentation import segmenter
 
-    folder, origin = Path(path), None if run is None else Path(run)
+    folder, origin = find_adapter(Path(path)), None if run is None else Path(run)
     if (folder / segmenter.FACTS).exists():
         return segmenter.load(folder, origin)
     return adapter.load(folder, task, origin)
+
+
+def find_adapter(path: Path) -> Path:
+    """The folder of an adapter or segmenter: `path` itself, or the only one that lies in a run, or in the folder of a
+    tuning.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    from iwm_ray.errors import UsageError
+    from iwm_ray.finetuning import adapter
+    from iwm_ray.segmentation import segmenter
+
+    files = (adapter.FACTS, segmenter.FACTS)
+    path = path.expanduser().absolute()
+    if any((path / file).exists() for file in files):
+        return path
+    places = [f"{place}adapters/*/{file}" for place in ("", "finetune/*/") for file in files]
+    found = sorted(file.parent for place in places for file in path.glob(place))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"{path}: holds {len(found)} adapters; give one of them, such as {found[0]}")
+    raise UsageError(
+        f"{path}: no {adapter.FACTS} and no {segmenter.FACTS} there; give a folder RUN/finetune/NAME/adapters/ARM"
+    )

@@ -22,6 +22,8 @@ from iwm_ray.errors import RunError, UsageError
 from iwm_ray.recipes import RECIPES
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
+RUN = "run directory, or one of its checkpoints"
+ADAPTER = "RUN/finetune/NAME/adapters/ARM, or RUN or RUN/finetune/NAME where there is only one"
 _PRETRAIN = "Pretrain an Image World Model. The same command on an existing run directory resumes the run."
 
 
@@ -129,6 +131,14 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str])
     return 0
 
 
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that uses an adapter; see `iwm_ray.load`."""
+    parser.add_argument("--task", default="", help="of an adapter with several")
+    parser.add_argument(
+        "--run", type=Path, metavar="RUN", help="run directory of the adapter's encoder, where that has moved"
+    )
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """The options that every command has."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -175,7 +185,7 @@ def tuning_parser(command: str, description: str, kind: type[BaseModel], folder:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of the pretraining")
+    parser.add_argument("run", type=Path, metavar="RUN", help=RUN)
     parser.add_argument(
         "--checkpoint", default="newest", metavar="WHICH", help="newest, best, or the step of a kept one"
     )

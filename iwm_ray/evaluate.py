@@ -76,7 +76,7 @@ def _parser() -> cli.Parser:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("run", type=Path, metavar="RUN", help=cli.RUN)
     parser.add_argument(
         "--checkpoint", default="newest", metavar="WHICH", help="newest, best, or the step of a kept one"
     )

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import iwm_ray
 from iwm_ray import cli
 from iwm_ray.errors import UsageError
 
@@ -31,33 +32,35 @@ def _main(arguments: Sequence[str]) -> None:
         if value not in known:
             raise UsageError(f"--{name} {value!r}: choose {', '.join(known)}{cli.suggest(str(value), known)}")
     from iwm_ray import exporting
-    from iwm_ray.finetuning import adapter
+    from iwm_ray.finetuning.adapter import Classifier
     from iwm_ray.model_card import model_card
     from iwm_ray.trained import Trained
 
-    is_adapter = (options.run / adapter.FACTS).exists()
-    if is_adapter:
-        trained = adapter.trained_of(options.run)
-        exported = exporting.Exported.of_classifier(adapter.load(options.run, options.task))
+    folder = _adapter(options.path)
+    if folder:
+        model = iwm_ray.load(folder, options.task, options.run)
+        if not isinstance(model, Classifier):
+            raise UsageError(
+                f"ADAPTER {folder}: a segmenter has no format here; give an adapter that classifies images"
+            )
+        trained, exported = model.trained, exporting.Exported.of_classifier(model)
     else:
-        trained = Trained.open(options.run, options.checkpoint)
+        trained = Trained.open(options.path, options.checkpoint)
         exported = exporting.Exported.of_encoder(trained, options.encoder)
     exporting.check(options.format, exported)
-    name = f"{options.run.name}-" if is_adapter else ""
+    name = f"{folder.name}-" if folder else ""
     default = trained.run.path / "export" / f"{name}{trained.path.name}-{options.format}"
     output = (options.output or default).expanduser().absolute()
     _refuse_taken(output)
     with tempfile.TemporaryDirectory(
         prefix=".exporting-", dir=_made(output.parent), ignore_cleanup_errors=True
     ) as scratch:
-        folder = Path(scratch, "export")
-        folder.mkdir()
-        difference = exporting.write(options.format, exported, folder)
-        card = model_card(
-            trained, exported, options.format, difference, options.run.absolute() if is_adapter else None
-        )
-        (folder / "README.md").write_text(card)
-        os.rename(folder, output)
+        written = Path(scratch, "export")
+        written.mkdir()
+        difference = exporting.write(options.format, exported, written)
+        card = model_card(trained, exported, options.format, difference, folder)
+        (written / "README.md").write_text(card)
+        os.rename(written, output)
     print(f"exported     {output}")
     print(f"difference   {difference:.3g} at most, of {exported.output}, read back from the folder")
 
@@ -71,10 +74,11 @@ def _parser() -> cli.Parser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "run",
+        "path",
         type=Path,
         metavar="RUN|ADAPTER",
-        help="run directory, one of its checkpoints, or RUN/finetune/NAME/adapters/ARM",
+        help=f"for an encoder: {cli.RUN}; for a classifier: RUN/finetune/NAME/adapters/ARM, or RUN/finetune/NAME where "
+        "there is only one",
     )
     parser.add_argument("--format", required=True, metavar="|".join(_FORMATS), help="of the folder's files")
     parser.add_argument(
@@ -83,12 +87,23 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--encoder", default="target", metavar="target|context", help="which encoder of a run"
     )
-    parser.add_argument("--task", default="", help="of an adapter with several")
+    cli.add_adapter_options(parser)
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="new folder; default RUN/export/<checkpoint>-<format>"
     )
     cli.add_common_options(parser)
     return parser
+
+
+def _adapter(path: Path) -> Path | None:
+    """The folder of the adapter that `path` names; None: it is a run, or one of its checkpoints."""
+    from iwm_ray.run_directory import RunDirectory
+    from iwm_ray.training.manifest import MANIFEST
+
+    is_tuning = (path / "adapters").is_dir()
+    if not is_tuning and (RunDirectory(path).config.exists() or (path / MANIFEST).exists()):
+        return None
+    return iwm_ray.find_adapter(path)
 
 
 def _refuse_taken(output: Path) -> None:

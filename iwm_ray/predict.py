@@ -34,13 +34,16 @@ def _main(arguments: Sequence[str]) -> None:
     from iwm_ray.build import cache_folder
     from iwm_ray.data.decode import DecodeLimits
     from iwm_ray.data.index import Index
+    from iwm_ray.driver import require_ray
     from iwm_ray.prediction import Labels, Masks, PredictConfig, Predictor, write, write_masks
     from iwm_ray.progress import scanning
     from iwm_ray.segmentation.segmenter import Segmenter
 
     options = _parser(PredictConfig).parse(arguments)
-    adapter = options.adapter.expanduser().absolute()
-    model = iwm_ray.load(adapter, options.task)  # what is wrong with it is said before Ray starts
+    adapter = iwm_ray.find_adapter(options.adapter)
+    model = iwm_ray.load(
+        adapter, options.task, options.run
+    )  # what is wrong with it is said before Ray starts
     output = _checked(options.output, isinstance(model, Segmenter))
     tree = PredictConfig().model_dump()
     tree["runtime"]["cache"] = model.trained.config.runtime.cache
@@ -50,6 +53,8 @@ def _main(arguments: Sequence[str]) -> None:
         raise UsageError(
             "--data.path is missing: give a folder of images, Parquet file(s) or WebDataset shards"
         )
+    if config.runtime.engine == "ray":
+        require_ray("runtime.engine ray")
     names = model.class_names
     is_segmenter = isinstance(model, Segmenter)
     answers = Masks(names) if is_segmenter else Labels(names, _top(options.top, len(names)))
@@ -61,7 +66,9 @@ def _main(arguments: Sequence[str]) -> None:
         cluster.preflight(asked)
         cluster.connect(asked)
     limits = DecodeLimits.from_config(config.data)
-    tables = Predictor(adapter, options.task, answers, index, limits, config.runtime).rows(_Progress())
+    tables = Predictor(adapter, options.task, options.run, answers, index, limits, config.runtime).rows(
+        _Progress()
+    )
     begin = time.monotonic()
     kept: list[Any] = []
     if is_segmenter:
@@ -119,7 +126,7 @@ def _parser(kind: type["PredictConfig"]) -> cli.Parser:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="RUN/finetune/NAME/adapters/ARM")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help=cli.ADAPTER)
     parser.add_argument(
         "--output",
         type=Path,
@@ -127,7 +134,7 @@ def _parser(kind: type["PredictConfig"]) -> cli.Parser:
         metavar="FILE.parquet",
         help="new file; of a segmenter also a new folder",
     )
-    parser.add_argument("--task", default="", help="of an adapter with several")
+    cli.add_adapter_options(parser)
     parser.add_argument("--top", default="5", metavar="K", help="classes of each image, the likeliest first")
     cli.add_common_options(parser)
     cli.add_settings(parser, kind)

@@ -139,13 +139,15 @@ class Predictor:
     adapter: Path
     task: str
     """"": the only one"""
+    run: Path | None
+    """where the run directory of its encoder has moved"""
     answers: Answers
     index: Index
     limits: DecodeLimits
     runtime: RuntimeConfig
 
     def __call__(self) -> Work:
-        model, reader = iwm_ray.load(self.adapter, self.task), Reader(self.index)
+        model, reader = iwm_ray.load(self.adapter, self.task, self.run), Reader(self.index)
         device = work_device(self.runtime)
         model.tuned.to(device)
 

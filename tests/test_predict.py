@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -5,6 +8,8 @@ import torch
 from PIL import Image
 
 import iwm_ray
+from iwm_ray import driver
+from iwm_ray.errors import UsageError
 from iwm_ray.predict import main
 
 
@@ -77,6 +82,51 @@ def test_more_classes_than_there_are_is_all(adapter, images, tmp_path):
     assert len(pq.read_table(tmp_path / "a.parquet")["top_classes"][0]) == len(
         iwm_ray.load(adapter).class_names
     )
+
+
+def test_an_adapter_is_found_where_it_is_the_only_one(adapter, clean_run, images, tmp_path, capsys):
+    """Beside an encoder that has moved."""
+    run = tmp_path / "run"
+    shutil.copytree(clean_run, run)
+    tuned = run / "finetune" / "photos"
+    shutil.copytree(adapter.parent, tuned / "adapters")
+    for path in (tuned, run):
+        assert iwm_ray.find_adapter(path) == tuned / "adapters" / adapter.name
+    facts = tuned / "adapters" / adapter.name / "adapter.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"run": "elsewhere"}))
+    out = ["--output", tmp_path / "out.parquet"]
+    assert predict(run, "--data.path", images, *out) == 2
+    assert "elsewhere" in capsys.readouterr().err
+    assert predict(run, "--data.path", images, "--run", run, *out) == 0
+    shutil.copytree(adapter, tuned / "adapters" / "another")
+    with pytest.raises(UsageError, match="holds 2 adapters; give one of them, such as .*another"):
+        iwm_ray.load(run)
+
+
+def test_without_ray_engine_ray_is_one_line(adapter, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(driver.importlib.util, "find_spec", lambda name: None)
+    words = ["--data.path", images, "--output", tmp_path / "out.parquet", "--runtime.engine", "ray"]
+    assert predict(adapter, *words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "ray is not installed" in error
+
+
+def test_a_damaged_adapter_is_one_line(adapter, images, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(adapter, copy)
+    facts = json.loads((copy / "adapter.json").read_text())
+    words = ["--data.path", images, "--output", tmp_path / "out.parquet"]
+    shape = facts["predictor"] | {"config": {"depth": "many"}}
+    for text in (
+        json.dumps(facts)[:100],
+        "[]",
+        json.dumps(facts | {"tasks": 1}),
+        json.dumps(facts | {"predictor": shape}),
+    ):
+        (copy / "adapter.json").write_text(text)
+        assert predict(copy, *words) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "adapter.json is damaged" in error, error
 
 
 def test_bad_input_is_one_line_and_exit_2(adapter, images, tmp_path, capsys):

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 import iwm_ray
 from iwm_ray.errors import RunError, UsageError
+from iwm_ray.export import main as export_main
 from iwm_ray.finetuning.tuning import ArmTraining, work
 from iwm_ray.predict import main as predict_main
 from iwm_ray.segment import main
@@ -195,6 +196,13 @@ def test_a_segmenter_on_another_encoder_is_refused(segmented, clean_run, tmp_pat
     (copy / "segmenter.safetensors").write_bytes(b"damaged")
     with pytest.raises(RunError, match="segment again"):
         iwm_ray.load(copy, run=clean_run)
+
+
+def test_a_segmenter_cannot_be_exported(segmented, tmp_path, capsys):
+    folder = next((segmented[0] / "adapters").iterdir())
+    with pytest.raises(SystemExit) as ended:
+        export_main([str(folder), "--format", "torch-export", "--output", str(tmp_path / "out")])
+    assert ended.value.code == 2 and "a segmenter has no format here" in capsys.readouterr().err
 
 
 def test_figures_join_those_of_the_run(clean_run, shapes, tmp_path):

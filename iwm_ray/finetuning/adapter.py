@@ -206,7 +206,7 @@ def load(folder: Path, task: str = "", run: Path | None = None) -> Classifier:
             f"task {task!r}: the adapter {folder} has {', '.join(facts.tasks)}; choose one of them"
         )
     task = task or next(iter(facts.tasks))
-    trained = trained_of(folder, run)
+    trained = facts.trained(folder, run)
     model = trained.load()
     encoder = model.target_encoder if facts.encoder == "target" else model.encoder
     asking = Asking(
@@ -216,12 +216,6 @@ def load(folder: Path, task: str = "", run: Path | None = None) -> Classifier:
         facts.target_fraction,
     )
     return Classifier(trained, attach(folder, encoder), task, facts.tasks[task], asking)
-
-
-def trained_of(folder: Path, run: Path | None = None) -> Trained:
-    """The checkpoint that an adapter belongs to; `run` where its run has moved."""
-    facts = _read_facts(folder)
-    return facts.trained(folder, run)
 
 
 def _read_facts(folder: Path) -> Facts:

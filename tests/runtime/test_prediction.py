@@ -36,7 +36,7 @@ def test_a_cluster_gives_the_rows_of_this_process(ray_cluster, clean_run, photo_
         [
             row
             for table in Predictor(
-                adapter, "", Labels(names, 2), index, DecodeLimits.from_config(data), runtime
+                adapter, "", None, Labels(names, 2), index, DecodeLimits.from_config(data), runtime
             ).rows()
             for row in table.to_pylist()
         ]
