@@ -157,11 +157,15 @@ def _adapter(folder: Path) -> str:
 
 
 def _figures(trained: Trained) -> str:
-    """What was measured of this very checkpoint: metrics.jsonl at its step, beside evaluation's untrained weights."""
+    """What was measured of this very checkpoint: metrics.jsonl at its step, beside evaluation's untrained weights.
+
+    Figures of networks that were tuned from it are not its own; an adapter's card has those of its own training.
+    """
     metrics: dict[str, float] = {}
     for row in read_lines(trained.run.metrics):
         if row.get("step") == trained.step:
-            metrics |= {name: value for name, value in row.items() if name not in ("step", "time")}
+            own = {name: value for name, value in row.items() if not name.startswith("finetune/")}
+            metrics |= {name: value for name, value in own.items() if name not in ("step", "time")}
     untrained: dict[str, float] = {}
     for path in sorted((trained.run.path / "evaluation" / trained.path.name).glob("*.json")):
         measured = _json(path).get("measured", {})
