@@ -106,6 +106,7 @@ def _draw(segmentation: "Segmentation") -> Path:
     predicted = {
         f"{family.tune}:{words[family.start]}": np.load(segmentation.pictured(family))
         for family in segmentation.counts()
+        if segmentation.pictured(family).exists()
     }
     title = f"{segmentation.task}: what was tuned, and what it makes of test images"
     pixels, names = images[readable].permute(0, 2, 3, 1).numpy(), segmentation.train.classes.names
