@@ -97,13 +97,12 @@ def _parser() -> cli.Parser:
 
 def _adapter(path: Path) -> Path | None:
     """The folder of the adapter that `path` names; None: it is a run, or one of its checkpoints."""
-    from iwm_ray.run_directory import RunDirectory
-    from iwm_ray.training.manifest import MANIFEST
+    from iwm_ray.finetuning import adapter
+    from iwm_ray.segmentation import segmenter
 
-    is_tuning = (path / "adapters").is_dir()
-    if not is_tuning and (RunDirectory(path).config.exists() or (path / MANIFEST).exists()):
-        return None
-    return iwm_ray.find_adapter(path)
+    path = path.expanduser()
+    marks = ("adapters", adapter.FACTS, segmenter.FACTS)
+    return iwm_ray.find_adapter(path) if any((path / mark).exists() for mark in marks) else None
 
 
 def _refuse_taken(output: Path) -> None:

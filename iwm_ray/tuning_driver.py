@@ -146,7 +146,8 @@ def track(tuning: Tuning, metrics: Mapping[str, float], files: Sequence[str]) ->
 
 def _tables(metrics: Mapping[str, float]) -> set[str]:
     """`finetune.<task>`, with the words for what was tuned, of each table of figures."""
-    return {name.rpartition("/")[0].replace("/", ".") for name in metrics}
+    named = (name for name in metrics if not name.endswith("chance"))  # which no tuning decides
+    return {name.rpartition("/")[0].replace("/", ".") for name in named}
 
 
 def _in_turns(tuning: Tuning) -> Callable[[Sequence[Arm]], bool]:

@@ -120,7 +120,7 @@ def test_bad_input_is_one_line_and_exit_2(clean_run, adapters, tmp_path, capsys)
         ([clean_run, "--format", "tim", *out], ["--format 'tim'", "did you mean 'timm'"]),
         ([clean_run, "--format", "timm", "--encoder", "both", *out], ["--encoder 'both'", "target, context"]),
         ([clean_run, *out], ["--format"]),
-        ([tmp_path, "--format", "timm", *out], ["no adapter.json"]),
+        ([tmp_path, "--format", "timm", *out], ["no config.json"]),
         ([adapters["predictor"].parents[1], "--format", "timm", *out], ["holds 2 adapters"]),
         ([clean_run, "--format", "timm", "--checkpoint", "7", *out], ["kept are the steps"]),
         ([clean_run, "--format", "timm", "--output", tmp_path / "taken"], ["not empty"]),

@@ -318,9 +318,10 @@ def test_arms_are_children_of_the_run_in_mlflow(clean_run, tmp_path):
     kept = {each.path for each in client.list_artifacts(parent.info.run_id, f"finetune/{folder.name}")}
     names = ("config.json", "summary.json", "efficiency.png")
     assert kept == {f"finetune/{folder.name}/{name}" for name in names}
-    # Other settings have other names, or say whose the figures are now.
-    for words in (["--head", "linear"], ["--steps", 3]):
-        assert finetune(run, *PHOTOS, *SMALL, "--seeds", 0, *words, "--tracking.uri", store) == 0
+    # What is done in another way has another name.
+    assert finetune(run, *PHOTOS, *SMALL, "--seeds", 0, "--head", "linear", "--tracking.uri", store) == 0
     found = client.get_run(parent.info.run_id).data
+    assert found.metrics["finetune/photos_tiny/top1"] == parent.data.metrics["finetune/photos_tiny/top1"]
     assert "finetune/photos_tiny/linear_head/top1" in found.metrics
-    assert found.tags["iwm.finetune.photos_tiny"] != folder.name
+    assert found.tags["iwm.finetune.photos_tiny"] == folder.name
+    assert found.tags["iwm.finetune.photos_tiny.linear_head"] != folder.name

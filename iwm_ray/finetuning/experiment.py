@@ -85,7 +85,7 @@ class Experiment(Tuning):
         parts = [part for task in self.tasks.values() for part in (task.train, task.test)]
         contents = [content_hash(part.index) for part in parts]
         # Of a training set that is smaller than it, the batch depends on the images that are held out.
-        decides = [self.trained.hash, str(CLEAN_VIEW), str(self.batch_size), *self.tasks, *contents]
+        decides = [self.trained.hash, CLEAN_VIEW, str(self.batch_size), *self.tasks, *contents]
         return "+".join(self.tasks) + "-" + self.config.hash(*decides)
 
     def __getstate__(self) -> dict[str, Any]:

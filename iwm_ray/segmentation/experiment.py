@@ -28,6 +28,7 @@ from iwm_ray.segmentation.network import PixelObjective, WholeEncoder, assemble,
 from iwm_ray.segmentation.settings import SegmentConfig
 from iwm_ray.segmentation.summary import miou_of_present
 from iwm_ray.trained import Trained
+from iwm_ray.views.resize import CLEAN_VIEW
 
 NUM_PICTURED = 6
 """test images whose predictions are kept for the picture"""
@@ -70,7 +71,7 @@ class Segmentation(Tuning):
     @cached_property
     def name(self) -> str:
         parts = [self.trained.hash, str(self.batch_size), *self.train.classes.names]
-        parts += [repr(self.train.classes.table)]
+        parts += [CLEAN_VIEW, repr(self.train.classes.table)]
         for pairs in (self.train, self.test):
             parts += [content_hash(pairs.index), pairs.masks_hash]
         return self.config.hash(*parts)
