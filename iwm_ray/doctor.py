@@ -115,8 +115,7 @@ def devices(command: Command) -> Iterator[Finding]:
 
 def storage(command: Command) -> Iterator[Finding]:
     """Whether the run directory and the cache can be written, with room; and the memory that processes share."""
-    cache = Path(command.config.runtime.cache).expanduser()
-    for setting, folder in (("--output", command.output or Path("runs")), ("runtime.cache", cache)):
+    for setting, folder in _folders(command).items():
         there = _existing(folder)
         free = shutil.disk_usage(there).free
         room = f"{setting} {folder}: {free / _GIB:.0f} GiB free"
@@ -145,8 +144,8 @@ def ray(command: Command) -> Iterator[Finding]:
     try:
         offer = cluster.preflight(command.config)
         cluster.connect(command.config)
-        folder = _existing(command.output or Path("runs"))
-        cluster.check_shared_directory(folder)
+        for setting, folder in _folders(command).items():
+            cluster.check_shared_directory(_existing(folder), setting)
     except (UsageError, RunError, OSError) as error:
         yield Finding("wrong", "Ray", str(error))
         return
@@ -163,6 +162,12 @@ def tracking(command: Command) -> Iterator[Finding]:
         yield Finding("wrong", "tracking", str(error))
         return
     yield Finding("warning" if problem else "ok", "tracking", problem or without_credentials(uri))
+
+
+def _folders(command: Command) -> dict[str, Path]:
+    """What a run writes to, by the setting."""
+    cache = Path(command.config.runtime.cache).expanduser()
+    return {"--output": command.output or Path("runs"), "runtime.cache": cache}
 
 
 def _existing(folder: Path) -> Path:

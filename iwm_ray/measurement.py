@@ -224,7 +224,7 @@ class Measurement:
 
     def _images(self, task: TaskName, counts: list[str]) -> str:
         """In words, for the result."""
-        asked = f"test images of {self.test.root}" if self.test else ""
+        asked = f"test images of {self.test.source}" if self.test else ""
         if task in WORLD_MODEL:
             return f"{', '.join(counts)} {asked or 'training images'}"
         return f"{', '.join(counts)} images; tested on {asked or 'a random fifth of the training images'}"

@@ -184,8 +184,8 @@ class Index:
     def path(self, i: int) -> str:
         """The file or URI in which the user finds the sample (a Parquet file, not its copy in the cache)."""
         if self._facts.kind == "images":
-            return f"{self.root}/{self.row_id(i)}"
-        return f"{self.root}/{self._facts.shards[self._shards[i]]}"
+            return f"{self._root}/{self.row_id(i)}"
+        return f"{self._root}/{self._facts.shards[self._shards[i]]}"
 
     def place(self, i: int) -> tuple[str, int, int]:
         """(path to open, offset, size in bytes); size -1: the whole file."""
@@ -204,8 +204,14 @@ class Index:
         return translation[self.labels]
 
     @property
-    def root(self) -> str:
-        """The local folder or the URI below which all samples lie."""
+    def source(self) -> str:
+        """The local folder or file, or the URI, that holds all samples."""
+        shards = self._facts.shards
+        below = os.path.commonpath(shards) if shards else ""
+        return f"{self._root}/{below}".rstrip("/")
+
+    @property
+    def _root(self) -> str:
         scheme = self._facts.uri.partition("://")[0]
         return f"{scheme}://{self._facts.root}" if scheme else self._facts.root
 

@@ -314,7 +314,8 @@ _MAP_CAPTION = (
     "is the MRR of guessing."
 )
 _EFFECTS_CAPTION = (
-    "Small marks are configurations; the line joins the mean of those with each value, over all other axes."
+    "Small marks are configurations; the line joins the means, over all settings of the other axes that have every "
+    "value."
 )
 _HEAT_CAPTION = "MRR, mean over seeds and over the axes that are not shown."
 _TABLE_CAPTION = (

@@ -140,12 +140,14 @@ class Relation:
 
 @dataclass(frozen=True)
 class Effect:
-    """What an axis does to a metric: the mean over all configurations with each of its values."""
+    """What an axis does to a metric: its figures with each value, over the same settings of all other axes."""
 
     axis: str
     metric: str
     values: dict[str, list[float]]
     """value of the axis -> figures of its configurations"""
+    is_fair: bool
+    """False where no setting of the other axes has every value: the configurations differ in other axes too"""
 
     @property
     def means(self) -> dict[str, float]:
@@ -243,14 +245,22 @@ def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 def effects(groups: Sequence[Configuration], metric: str) -> list[Effect]:
     """Of every axis with several values; the one that moves the metric most comes first."""
-    measured = [group for group in groups if not math.isnan(group.mean(metric))]
     found = []
     for axis in axes_of(groups):
-        values: dict[str, list[float]] = {}
-        for group in measured:
-            values.setdefault(group.point[axis], []).append(group.mean(metric))
+        settings: dict[frozenset[tuple[str, str]], dict[str, float]] = {}
+        for group in groups:
+            if not math.isnan(group.mean(metric)):
+                others = frozenset(item for item in group.point.items() if item[0] != axis)
+                settings.setdefault(others, {})[group.point[axis]] = group.mean(metric)
+        names = in_order(list({name: None for figures in settings.values() for name in figures}))
+        # Of an unfinished grid the rest would mix the effects of the other axes into this one's.
+        whole = [figures for figures in settings.values() if len(figures) == len(names)]
+        values = {
+            name: [figures[name] for figures in whole or settings.values() if name in figures]
+            for name in names
+        }
         if len(values) > 1:
-            found.append(Effect(axis, metric, {name: values[name] for name in in_order(list(values))}))
+            found.append(Effect(axis, metric, values, bool(whole)))
     return sorted(found, key=lambda effect: -effect.reach)
 
 

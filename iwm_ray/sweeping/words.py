@@ -112,7 +112,11 @@ def _strongest_axis(groups: Sequence[Configuration]) -> list[str]:
         f"{figure(first.means[high])} with {high}"
     )
     rest = [f"{each.axis} by {figure(each.reach)}" for each in found[1:]]
-    return [text + (f"; {', '.join(rest)}." if rest else ".")]
+    text += f"; {', '.join(rest)}." if rest else "."
+    unfair = [each.axis for each in found if not each.is_fair]
+    if unfair:
+        text += f" No setting of the other axes has every {' or every '.join(unfair)} yet: they have a part in that."
+    return [text]
 
 
 def _seeds(groups: Sequence[Configuration]) -> list[str]:

@@ -47,6 +47,7 @@ def test_class_folders(tree: Path, cache: Path) -> None:
     assert index.skipped == 1
     assert index.row_id(4) == "dog/puppies/b.jpg"
     assert index.path(4) == str(tree / "dog/puppies/b.jpg")
+    assert index.source == str(tree)
     assert index.place(4) == (str(tree / "dog/puppies/b.jpg"), 0, -1)
     assert index.sizes[4] == (tree / "dog/puppies/b.jpg").stat().st_size
     assert [index.find(index.row_id(i)) for i in range(5)] == list(range(5))
@@ -61,7 +62,7 @@ def test_parquet(table: Path, cache: Path) -> None:
     assert len(index) == 7
     assert index.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert index.row_id(3) == "images.parquet:3"
-    assert index.path(3) == str(table)
+    assert index.path(3) == index.source == str(table)
     path, offset, size = index.place(3)
     assert Path(path).parent.parent == cache
     assert (offset, size) == (index.sizes[:3].sum(), index.sizes[3])

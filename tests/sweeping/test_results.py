@@ -125,6 +125,20 @@ def test_figures_are_those_worked_out_by_hand(folder):
     assert (ends["invariant"].mean(MRR), ends["equivariant"].mean(MRR)) == pytest.approx((0.02, 0.70))
 
 
+def test_an_unfinished_grid_compares_like_with_like(folder):
+    """Where depth 4 and 8 lack their runs without the action, depth is judged with it, conditioning at depth 2."""
+    groups = [
+        group for number, group in enumerate(configurations(read_results(folder))) if number in (0, 3, 4, 5)
+    ]
+    depth, conditioning = effects(groups, MRR)
+    assert depth.means == pytest.approx({"2": 0.30, "4": 0.50, "8": 0.70})
+    assert conditioning.means == pytest.approx({"none": 0.02, "feature": 0.30})
+    assert depth.is_fair and conditioning.is_fair
+    mixed = effects([groups[0], groups[2]], MRR)
+    assert [each.reach for each in mixed] == pytest.approx([0.48, 0.48])
+    assert not any(each.is_fair for each in mixed)
+
+
 def test_three_seeds_make_an_interval_over_seeds(folder):
     """As the library has it; and never narrower than that over images."""
     group = configurations(read_results(folder))[3]
