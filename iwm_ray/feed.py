@@ -116,7 +116,7 @@ class Feed:
         heights, widths = _sizes(images)
         draws = self.policy.draw(self.seed, epochs, samples, heights, widths)
         masks = self.masks.draw(self.seed, epochs, samples)
-        views, reasons = self._views(images, draws)
+        views, reasons = self._views(images, samples, draws)
         columns: Columns = {
             "counter": counters,
             "action": self.policy.encode(draws),
@@ -166,19 +166,21 @@ class Feed:
         return images
 
     def _views(
-        self, images: list[EncodedImage | Undecodable], draws: Draws
+        self, images: list[EncodedImage | Undecodable], samples: NDArray[np.int64], draws: Draws
     ) -> tuple[dict[str, NDArray[np.uint8]], list[str]]:
         """The view columns, and for each row why it has none ("" where it has).
 
         Each image is decoded, cropped and let go in turn: its pixels are still in the processor's cache when
         they are read, and no memory has to be fetched from the system.
         """
+        found_whole = _found_whole(self.index)
         size = self.policy.crop_box.size
         columns = {name: np.empty((len(images), size, size, 3), np.uint8) for name in self._view_names}
         reasons = [""] * len(images)
         for i, image in enumerate(images):
             try:
-                views = self._views_of(image, draws, i)
+                views = self._views_of(image, bool(found_whole[samples[i]]), draws, i)
+                found_whole[samples[i]] = True
             except Undecodable as fault:
                 reasons[i] = fault.reason
                 views = (np.zeros((size, size, 3), np.uint8),) * len(columns)
@@ -186,10 +188,13 @@ class Feed:
                 column[i] = view
         return columns, reasons
 
-    def _views_of(self, image: EncodedImage | Undecodable, draws: Draws, i: int) -> tuple[Image, ...]:
+    def _views_of(
+        self, image: EncodedImage | Undecodable, was_whole: bool, draws: Draws, i: int
+    ) -> tuple[Image, ...]:
         if isinstance(image, Undecodable):
             raise image
-        crop = self.policy.crop(image.pixels(), draws, i)
+        top, _, height, _ = self.policy.crop_box.box(draws, i, image.height, image.width)
+        crop = self.policy.crop(image.pixels(top + height if was_whole else None), draws, i)
         return (crop,) if self.where == "device" else self.policy.views(crop, draws, i)
 
     def _write_log(
@@ -241,6 +246,13 @@ def _reader(index: Index) -> Reader:
     cv2.setNumThreads(1)
     _keep_freed_memory()
     return Reader(index)
+
+
+@lru_cache(maxsize=4)
+def _found_whole(index: Index) -> NDArray[np.bool_]:
+    """`[n]` the samples that this process has decoded to their end without a fault. Of these no row below the crop is
+    decoded again, which gives the same pixels and the same verdict, whichever process does it: damage shows at the end."""
+    return np.zeros(len(index), bool)
 
 
 def _keep_freed_memory() -> None:

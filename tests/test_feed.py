@@ -9,7 +9,7 @@ from PIL import Image
 from iwm_ray import action_log
 from iwm_ray.build import build
 from iwm_ray.cli import validate
-from iwm_ray.feed import checksums_of
+from iwm_ray.feed import _found_whole, checksums_of
 from iwm_ray.recipes import photos_tiny
 from iwm_ray.run_directory import RunDirectory
 
@@ -51,6 +51,29 @@ def test_rows_depend_on_their_counter_alone(make, where):
     for part in (counters[:1], counters[5:18], counters[[30, 2]]):
         for name, values in feed.rows(part).items():
             np.testing.assert_array_equal(values, whole[name][part - 20])
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_rows_are_the_same_whether_their_images_were_seen_before_or_not(make, where, folder, monkeypatch):
+    """With an image whose bytes are damaged, but not cut."""
+    path = folder / "a" / "36.jpg"
+    encoded = path.read_bytes()
+    feed, counters = make(where).feed, np.arange(32, 96)
+    damaged = bytearray(encoded)
+    damaged[-300:-200] = bytes(100)
+    path.write_bytes(damaged)
+    try:
+        _found_whole.cache_clear()
+        feed.rows(np.arange(32))
+        again = feed.rows(counters)
+        assert _found_whole(feed.index).sum() == 37  # but for the cut ones and the damaged one
+        monkeypatch.setattr("iwm_ray.feed._found_whole", lambda index: np.zeros(len(index), bool))
+        first = feed.rows(counters)
+    finally:
+        path.write_bytes(encoded)
+    assert (again["weight"] == 0).sum() > 3
+    for name, values in again.items():
+        np.testing.assert_array_equal(values, first[name])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

@@ -14,6 +14,7 @@ import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -34,6 +35,8 @@ Pixels = NDArray[np.uint8]
 
 _JPEG_START = b"\xff\xd8\xff"
 _END_OF_IMAGE = b"\xff\xd9"
+_BASELINE, _SCAN, _RESTARTS, _EXIF = 0xC0, 0xDA, 0xDD, 0xE1  # markers of a JPEG's segments
+_REST_PASSED_OVER = "extraneous bytes before marker 0xd9"
 _CMYK = ("CMYK", "YCCK")
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 _FIRST_TRANSPOSED = 5  # EXIF orientations from here on swap rows and columns
@@ -113,6 +116,7 @@ class EncodedImage:
     data: bytes
     limits: DecodeLimits
     decoded: Pixels | None = None
+    orientation: int = 1
 
     @classmethod
     def open(cls, data: bytes, limits: DecodeLimits) -> Self:
@@ -126,17 +130,28 @@ class EncodedImage:
             height, width, _ = pixels.shape
             return cls(height, width, data, limits, pixels)
         height, width, _ = _jpeg_header(data, limits)
-        if _orientation(_jpeg_exif(data)) >= _FIRST_TRANSPOSED:
+        orientation = _orientation(_jpeg_exif(data))
+        if orientation >= _FIRST_TRANSPOSED:
             height, width = width, height
-        return cls(height, width, data, limits)
+        return cls(height, width, data, limits, orientation=orientation)
 
-    def pixels(self) -> Pixels:
+    def pixels(self, bottom: int | None = None) -> Pixels:
         """`[height width 3]` uint8, as `decode` returns them.
+
+        Args:
+            bottom: the rows from here on hold anything; None: all rows are wanted. Only for an image that was whole
+                before: a decoder that is out of step notices it at the end, if at all, also for the rows above.
 
         Raises:
             Undecodable: the pixels are damaged or cut.
         """
-        return decode(self.data, self.limits) if self.decoded is None else self.decoded
+        if self.decoded is not None:
+            return self.decoded
+        if bottom is not None and self.orientation == 1:
+            pixels = _decode_top(self.data, bottom, self.height, self.width)
+            if pixels is not None:
+                return pixels
+        return decode(self.data, self.limits)
 
 
 def decode(data: bytes, limits: DecodeLimits) -> Pixels:
@@ -190,6 +205,37 @@ def _decode_jpeg(data: bytes, limits: DecodeLimits) -> Pixels:
         return _decode_faulty_jpeg(data, str(fault), limits)
 
 
+def _decode_top(data: bytes, bottom: int, height: int, width: int) -> Pixels | None:
+    """The image down to the row `bottom`, the rest uninitialised; None: decode it whole, for it is of a rarer kind, has
+    hardly a row less, or a fault.
+
+    No library offers this, so the header is told that the image ends there. The decoder then passes over the bytes that
+    are left and warns of them, but only if it has warned of nothing before; it still looks for the file's end.
+    """
+    segments = {marker: start for marker, start, _ in _jpeg_segments(data)}
+    frame, scan = segments.get(_BASELINE), segments.get(_SCAN)
+    if frame is None or scan is None or _RESTARTS in segments:
+        return None
+    num_channels = data[frame + 5]
+    if num_channels > 3 or data[scan] != num_channels:  # CMYK; one scan for each channel
+        return None
+    rows_of_chroma = max(data[frame + 7 + 3 * channel] & 15 for channel in range(num_channels))
+    unit = 8 * rows_of_chroma
+    # Where chroma has fewer rows, it is interpolated with the next one.
+    num_rows = -(-(bottom + rows_of_chroma - 1) // unit) * unit
+    if num_rows >= height:
+        return None
+    shortened = bytearray(data)
+    struct.pack_into(">H", shortened, frame + 1, num_rows)
+    pixels = np.empty((height, width, 3), np.uint8)
+    try:
+        simplejpeg.decode_jpeg(shortened, buffer=pixels)
+    except ValueError as warning:
+        if _REST_PASSED_OVER not in str(warning):
+            return None
+    return pixels
+
+
 def _jpeg_header(data: bytes, limits: DecodeLimits) -> tuple[int, int, str]:
     """(height, width, colour space) of the pixels as they are stored."""
     try:
@@ -227,17 +273,26 @@ def _rgb_of_inverted_cmyk(cmyk: Pixels) -> Pixels:
 
 
 def _jpeg_exif(data: bytes) -> bytes:
-    """The EXIF block, found by walking the markers, which costs a few microseconds."""
+    """The EXIF block, or nothing."""
+    for marker, start, stop in _jpeg_segments(data):
+        if marker == _EXIF and data[start : start + 6] == b"Exif\0\0":
+            return data[start + 6 : stop]
+    return b""
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, first byte, last byte + 1) of each segment up to the pixels; a walk of a few microseconds."""
     position, end = 2, len(data) - 10
     while position < end and data[position] == 0xFF:
         marker = data[position + 1]
-        if marker in (0xDA, 0xD9):  # start of the pixels, end of the image
+        if marker == 0xFF:  # markers may be padded
+            position += 1
+            continue
+        stop = position + 2 + (data[position + 2] << 8) + data[position + 3]
+        yield marker, position + 4, stop
+        if marker in (_SCAN, _END_OF_IMAGE[1]):
             break
-        length = (data[position + 2] << 8) + data[position + 3]
-        if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
-            return data[position + 10 : position + 2 + length]
-        position += 2 + length if marker != 0xFF else 1  # markers may be padded with 0xFF
-    return b""
+        position = stop
 
 
 # PNG and WebP

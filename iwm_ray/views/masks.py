@@ -180,14 +180,15 @@ def _two(uniform: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.
 
 def _union(blocks: NDArray[np.int64], grid: tuple[int, int]) -> NDArray[np.bool_]:
     """`[b j k 4]` rectangles -> `[b j n]`, true for the patches that at least one of the `k` covers."""
-    top, left, height, width = np.moveaxis(blocks, -1, 0)[..., None]
-    row, column = np.arange(grid[0]), np.arange(grid[1])
+    # Rectangles last while it is computed: NumPy's innermost loop is then a long one.
+    top, left, height, width = np.ascontiguousarray(np.moveaxis(blocks, (3, 2), (0, 1)))[:, :, None]
+    row, column = (np.arange(side)[:, None, None] for side in grid)
     in_rows = (top <= row) & (row < top + height)
     in_columns = (left <= column) & (column < left + width)
-    union = np.zeros((*blocks.shape[:2], *grid), bool)
+    union = np.zeros((*grid, *blocks.shape[:2]), bool)
     for block in range(blocks.shape[2]):
-        union |= in_rows[:, :, block, :, None] & in_columns[:, :, block, None, :]
-    return union.reshape(*blocks.shape[:2], grid[0] * grid[1])
+        union |= in_rows[block, :, None] & in_columns[block, None]
+    return np.moveaxis(union.reshape(grid[0] * grid[1], *blocks.shape[:2]), 0, 2)
 
 
 def _repair(target: NDArray[np.bool_], wanted: int, keys: Keys) -> None:

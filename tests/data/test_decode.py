@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from iwm_ray.config import DataConfig
-from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
+from iwm_ray.data import decode as decode_module
+from iwm_ray.data.decode import DecodeLimits, EncodedImage, Undecodable, decode
 
 ANY_SIZE = DecodeLimits(min_side=1)
 WHITE = np.array([255, 255, 255])
@@ -305,6 +306,54 @@ def test_junk_between_jpeg_markers_is_harmless(jpeg: bytes) -> None:
     tables = jpeg.index(b"\xff\xdb")
     decoded = decode(jpeg[:tables] + b"\x01\x02\x03\x04\x05" + jpeg[tables:], ANY_SIZE)
     assert_close(decoded, decode(jpeg, ANY_SIZE), 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(8, 150), st.integers(8, 60)),
+    bottom=st.integers(1, 150),
+    subsampling=st.sampled_from(["444", "422", "420", "440", "411", "Gray"]),
+    orientation=st.sampled_from([1, 1, 2, 3, 6]),
+)
+def test_the_top_of_a_jpeg_is_that_of_the_whole(
+    size: tuple[int, int], bottom: int, subsampling: str, orientation: int
+) -> None:
+    height, width = size
+    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+    kind = "Gray" if subsampling == "Gray" else "RGB"
+    data = simplejpeg.encode_jpeg(pixels[..., :1].copy() if kind == "Gray" else pixels, 90, kind, subsampling)
+    block = b"Exif\0\0" + orientation_block(orientation)
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
+    top, whole = EncodedImage.open(data, ANY_SIZE).pixels(bottom), decode(data, ANY_SIZE)
+    assert top.shape == whole.shape
+    assert np.array_equal(top[:bottom], whole[:bottom])
+
+
+@pytest.mark.parametrize(("subsampling", "bottom"), [("444", 32), ("420", 31)])
+def test_rows_below_the_wanted_ones_are_not_decoded(
+    subsampling: str, bottom: int, photo: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = simplejpeg.encode_jpeg(photo, colorsubsampling=subsampling)
+    whole, image = decode(data, ANY_SIZE), EncodedImage.open(data, ANY_SIZE)
+    monkeypatch.setattr(decode_module, "decode", None)
+    assert np.array_equal(image.pixels(bottom)[:bottom], whole[:bottom])
+    with pytest.raises(TypeError):
+        image.pixels(bottom + 1)
+
+
+@pytest.mark.parametrize("make", [{"progressive": True}, {"restart_marker_rows": 1}, {"optimize": True}])
+def test_the_top_of_other_jpegs(make: dict[str, Any], photo: Pixels) -> None:
+    data = save(Image.fromarray(photo), "JPEG", **make)
+    assert np.array_equal(EncodedImage.open(data, ANY_SIZE).pixels(9)[:9], decode(data, ANY_SIZE)[:9])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_cut_files_raise_whatever_is_wanted_of_them(share: float, photo: Pixels, jpeg: bytes) -> None:
+    image = EncodedImage.open(jpeg[: int(len(jpeg) * share)], ANY_SIZE)
+    with pytest.raises(Undecodable):
+        image.pixels(8)
+    whole = EncodedImage.open(jpeg[:-2], ANY_SIZE)  # but for the end mark
+    assert np.array_equal(whole.pixels(8)[:8], decode(jpeg, ANY_SIZE)[:8])
 
 
 def test_damage_in_the_pixels_of_a_jpeg_is_found(jpeg: bytes) -> None:
