@@ -27,7 +27,7 @@ def load(path: Path | str, task: str = "", run: Path | str | None = None) -> "Cl
     from iwm_ray.finetuning import adapter
     from iwm_ray.segmentation import segmenter
 
-    folder, origin = find_adapter(Path(path)), None if run is None else Path(run)
+    folder, origin = find_adapter(Path(path)), None if run is None else Path(run).expanduser().absolute()
     if (folder / segmenter.FACTS).exists():
         return segmenter.load(folder, origin)
     return adapter.load(folder, task, origin)

@@ -135,8 +135,16 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     """The options of a command that uses an adapter; see `iwm_ray.load`."""
     parser.add_argument("--task", default="", help="of an adapter with several")
     parser.add_argument(
-        "--run", type=Path, metavar="RUN", help="run directory of the adapter's encoder, where that has moved"
+        "--run",
+        type=_place,
+        metavar="RUN",
+        help="run directory of the adapter's encoder, where that has moved",
     )
+
+
+def _place(text: str) -> Path:
+    """A path that means the same to the workers of a cluster."""
+    return Path(text).expanduser().absolute()
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ def preflight(config: Config) -> str:
     """
     check_tracking(config)
     if config.runtime.engine == "local":
-        return preflight_here(config)
+        return _preflight_here(config)
     require_ray("runtime.engine ray")
     from iwm_ray.runtime import cluster
 
@@ -65,18 +65,23 @@ def require_ray(setting: str) -> None:
         raise UsageError(f"{setting}: ray is not installed; pip install 'ray[data,default,train,tune]'")
 
 
-def preflight_here(config: Config) -> str:
+def _preflight_here(config: Config) -> str:
     """`preflight` of engine local."""
-    if config.runtime.num_workers > 1:
-        raise UsageError(
-            f"runtime.num_workers {config.runtime.num_workers}: engine local has one worker; set runtime.engine ray"
-        )
+    refuse_workers(config)
     if config.runtime.use_gpu:
         import torch
 
         if not torch.cuda.is_available():
             raise UsageError("runtime.use_gpu True: torch sees no GPU here; set runtime.use_gpu False")
     return f"this process, {os.cpu_count()} CPUs"
+
+
+def refuse_workers(config: Config) -> None:
+    """Raises UsageError where engine local is to have several workers."""
+    if config.runtime.num_workers > 1:
+        raise UsageError(
+            f"runtime.num_workers {config.runtime.num_workers}: engine local has one worker; set runtime.engine ray"
+        )
 
 
 def connect(config: Config, folders: dict[str, Path], debug: bool = False) -> None:

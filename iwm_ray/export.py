@@ -102,7 +102,8 @@ def _adapter(path: Path) -> Path | None:
 
     path = path.expanduser()
     marks = ("adapters", adapter.FACTS, segmenter.FACTS)
-    return iwm_ray.find_adapter(path) if any((path / mark).exists() for mark in marks) else None
+    is_tuning = path.parent.name == "finetune" or any((path / mark).exists() for mark in marks)
+    return iwm_ray.find_adapter(path) if is_tuning else None
 
 
 def _refuse_taken(output: Path) -> None:

@@ -139,7 +139,7 @@ def _parser(document: str) -> cli.Parser:
     return parser
 
 
-FINETUNED = ("tune", "seeds", "head", "epochs", "steps", "batch_size", "lr", "pretrained_lr_factor")
+FINETUNED = ("tune", "seeds", "epochs", "steps", "batch_size", "lr", "pretrained_lr_factor")
 FINETUNED_ON = ("num_train", "num_test")
 
 

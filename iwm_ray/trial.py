@@ -36,6 +36,7 @@ def run_trial(job: Job) -> None:
     """
     run, seconds, config = job.run, {}, job.trial.config
     is_first = not run.attempts.exists()
+    run.stop_request.unlink(missing_ok=True)  # of an attempt before
     begin = time.monotonic()
     outcome = train(config, run, job.tags)
     seconds["train"] = time.monotonic() - begin
@@ -44,7 +45,8 @@ def run_trial(job: Job) -> None:
     if outcome.status == "stopped":
         return
     begin = time.monotonic()
-    evaluate(job)
+    if not evaluate(job):
+        return
     seconds["evaluate"] = time.monotonic() - begin
     if job.sweep.finetune is not None:
         begin = time.monotonic()
@@ -74,8 +76,8 @@ def train(config: Config, run: RunDirectory, tags: dict[str, str]) -> "Outcome":
     return outcome
 
 
-def evaluate(job: Job) -> None:
-    """Measures every task of the sweep, and adds the figures to the run's."""
+def evaluate(job: Job) -> bool:
+    """Measures every task of the sweep, and adds the figures to the run's; False: asked to stop between two of them."""
     trained = Trained.open(job.run.path)
     config = EvaluateConfig(
         data=trained.config.data,
@@ -85,7 +87,13 @@ def evaluate(job: Job) -> None:
     )
     measurement = open_measurement(trained, config)
     quiet = replace(measurement, show=lambda task, subject: _say_nothing)
-    track(trained, config, [quiet.run(task) for task in config.measure.tasks])
+    results = []
+    for task in config.measure.tasks:
+        if job.run.stop_request.exists():
+            return False
+        results.append(quiet.run(task))
+    track(trained, config, results)
+    return not job.run.stop_request.exists()
 
 
 def finetune_predictor(job: Job, config: FinetuneConfig) -> None:

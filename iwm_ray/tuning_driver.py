@@ -65,7 +65,7 @@ def preflight(tuning: Tuning) -> str:
     driver.check_tracking(config)
     driver.require_ray("runtime.arms tune")
     if config.runtime.engine == "local":
-        driver.preflight_here(config)
+        driver.refuse_workers(config)  # the GPUs are those of the trials' nodes
     return _room(tuning).line
 
 

@@ -162,7 +162,7 @@ class Tokens:
         ):
             if features is None:
                 continue
-            at = np.array([numbers.get(int(sample), -1) for sample in samples])
+            at = np.array([numbers.get(int(sample), -1) for sample in samples], np.int64)
             there = meant & (at >= 0)
             tokens[there] = features.values[at[there]]
             readable |= there

@@ -114,8 +114,8 @@ class Tuning(ABC):
         path = self.folder / "config.json"
         if path.exists() and json.loads(path.read_text()).get("name") != self.name:
             raise UsageError(
-                f"--output {self.folder}: holds a tuning with another checkpoint, data or settings; choose another "
-                "--output"
+                f"--output {self.folder}: holds a tuning with another checkpoint, data or settings, or of an earlier "
+                "version of iwm_ray; choose another --output"
             )
 
     def run(self, train: Train) -> bool:

@@ -59,7 +59,8 @@ class TwoGoals(Searcher):
     ) -> None:
         asked, point = self._asked.pop(trial_id)
         name = self._sweep.trial(point).hash
-        found = {each.config.hash(): each for each in read_results(self._directory.path)}
+        began = self._directory.runs()  # none, where a request to stop came first
+        found = {each.config.hash(): each for each in read_results(self._directory.path)} if began else {}
         if not error and name in found:
             self._seen[name] = _goals(found[name])
         self._tell(asked, self._seen[name])

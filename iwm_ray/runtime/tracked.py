@@ -16,6 +16,7 @@ from iwm_ray.sweeping.report import Report
 from iwm_ray.sweeping.results import BEGUN, NOT_FINISHED, Result, in_grid_order, named_points
 
 _PARENT = "mlflow.parentRunId"
+_SWEEP = "iwm.sweep"
 _ALL = "attribute.start_time ASC"
 
 
@@ -46,7 +47,8 @@ def read_report(where: str, usual: TrackingConfig, folder: Path | None) -> Repor
         )
     runs = list(_runs(client, experiment.experiment_id))
     parent = parent or _newest_sweep(runs)
-    trials = [run for run in runs if parent is None or run.data.tags.get(_PARENT) == parent.info.run_id]
+    parent_id = parent.info.run_id if parent else None
+    trials = [run for run in runs if run.data.tags.get(_PARENT) == parent_id]
     by_hash = {run.data.tags["iwm.config_hash"]: run for run in trials if "iwm.config_hash" in run.data.tags}
     if not by_hash:
         raise UsageError(f"--report {where}: no trials in {uri}, experiment {experiment.name}")
@@ -87,9 +89,10 @@ def _run(client: Any, run_id: str) -> Any:
 
 
 def _newest_sweep(runs: list[Any]) -> Any:
-    """The newest run with children; None where there is none."""
-    parents = {run.data.tags[_PARENT] for run in runs if _PARENT in run.data.tags}
-    return next((run for run in reversed(runs) if run.info.run_id in parents), None)
+    """The newest run of a whole sweep; None where there is none. (A trial has the arms of its finetuning as children.)"""
+    return next(
+        (run for run in reversed(runs) if _SWEEP in run.data.tags and _PARENT not in run.data.tags), None
+    )
 
 
 def _result(run: Any, directory: RunDirectory) -> Result:

@@ -70,7 +70,7 @@ class Segmentation(Tuning):
 
     @cached_property
     def name(self) -> str:
-        parts = [self.trained.hash, str(self.batch_size), *self.train.classes.names]
+        parts = [self.task, self.trained.hash, str(self.batch_size), *self.train.classes.names]
         parts += [CLEAN_VIEW, repr(self.train.classes.table)]
         for pairs in (self.train, self.test):
             parts += [content_hash(pairs.index), pairs.masks_hash]

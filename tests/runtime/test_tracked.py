@@ -73,6 +73,11 @@ def swept(tmp_path_factory) -> tuple[SweepDirectory, Sweep]:
             tracker.log_tags(summary.tags(ended))
             (run.pictures / "retrieval.png").write_bytes(PICTURE + bytes([number]))
             tracker.log_picture(run.pictures / "retrieval.png")
+            tracker.finish()
+        if number == 10:  # an arm of its finetuning is a child of the trial
+            arm = {"mlflow.parentRunId": tracker.run_id, "mlflow.runName": "predictor-pretrained"}
+            with Tracker(run.path / "finetune", trial.config, "arm", arm):
+                pass
     directory.note_failure(trials[11], "RunError: it fell over")
     report = Report.open(directory.path)
     report.write()
