@@ -36,7 +36,6 @@ def run_trial(job: Job) -> None:
     """
     run, seconds, config = job.run, {}, job.trial.config
     is_first = not run.attempts.exists()
-    run.stop_request.unlink(missing_ok=True)  # of an attempt before
     begin = time.monotonic()
     outcome = train(config, run, job.tags)
     seconds["train"] = time.monotonic() - begin
@@ -44,6 +43,7 @@ def run_trial(job: Job) -> None:
         raise RunError(outcome.message)
     if outcome.status == "stopped":
         return
+    run.stop_request.unlink(missing_ok=True)  # of an attempt before; who asks now does so again and again
     begin = time.monotonic()
     if not evaluate(job):
         return
