@@ -76,9 +76,8 @@ def measure(photos: Path, folder: Path, count: int, num_rounds: int) -> dict[str
                 cache,
             ]
             environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-            environment["RAY_worker_niceness"] = (
-                "0"  # Ray's workers would wait for all other work on the machine
-            )
+            # Ray's workers would wait for all other work on the machine.
+            environment["RAY_worker_niceness"] = "0"
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
             for name, value in json.loads(done.stdout.splitlines()[-1]).items():
                 seconds.setdefault(name, []).append(value)

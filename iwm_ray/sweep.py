@@ -105,7 +105,22 @@ def _parser(document: str) -> cli.Parser:
         "--want-mrr", type=float, metavar="X", help="name the known configuration nearest to this MRR"
     )
     parser.add_argument("--want", choices=WANTED, help="name the known configuration that is best at this")
-    group = parser.add_argument_group("search and resources")
+    _add_search(parser.add_argument_group("search and resources"))
+    cli.add_common_options(parser)
+    cli.add_settings(parser, Config)
+    measuring = parser.add_argument_group("measure", MeasureConfig.__doc__)
+    for name, field in MeasureConfig.model_fields.items():
+        cli.add_option(measuring, f"measure.{name}", field)
+    tuning = parser.add_argument_group("finetune", FinetuneConfig.__doc__)
+    for name in FINETUNED:
+        cli.add_option(tuning, f"finetune.{name}", FinetuneConfig.model_fields[name])
+    for name in FINETUNED_ON:
+        cli.add_option(tuning, f"finetune.{name}", FinetuneDataConfig.model_fields[name])
+    return parser
+
+
+def _add_search(group: argparse._ArgumentGroup) -> None:
+    """How points are chosen, and how many trials run at once."""
     group.add_argument(
         "--search", choices=("grid", "random", "optuna"), default="grid", help="how points are chosen"
     )
@@ -126,17 +141,6 @@ def _parser(document: str) -> cli.Parser:
         metavar="X",
         help="1, 0.5, 0.25 ...: small trials share a GPU",
     )
-    cli.add_common_options(parser)
-    cli.add_settings(parser, Config)
-    measuring = parser.add_argument_group("measure", MeasureConfig.__doc__)
-    for name, field in MeasureConfig.model_fields.items():
-        cli.add_option(measuring, f"measure.{name}", field)
-    tuning = parser.add_argument_group("finetune", FinetuneConfig.__doc__)
-    for name in FINETUNED:
-        cli.add_option(tuning, f"finetune.{name}", FinetuneConfig.model_fields[name])
-    for name in FINETUNED_ON:
-        cli.add_option(tuning, f"finetune.{name}", FinetuneDataConfig.model_fields[name])
-    return parser
 
 
 FINETUNED = ("tune", "seeds", "epochs", "steps", "batch_size", "lr", "pretrained_lr_factor")

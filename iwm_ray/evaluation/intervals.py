@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from iwm_ray import randomness
 
@@ -12,17 +13,6 @@ Floats = NDArray[np.float64]
 
 _NUM_RESAMPLES = 2000  # the ends are then steady to some hundredths of the interval
 _ENDS = (0.025, 0.975)
-_STUDENT = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-)  # 97.5 %, 1 to 9 degrees of freedom
 _AT_ONCE = 100  # resamples of a table; bounds the memory of the table of counts
 
 
@@ -105,5 +95,5 @@ def repetitions_interval(values: Sequence[float]) -> tuple[float, float]:
     if count < 2:
         return np.nan, np.nan
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
-    half = _STUDENT[min(count - 1, len(_STUDENT)) - 1] * spread / count**0.5
+    half = float(stdtrit(count - 1, _ENDS[1])) * spread / count**0.5
     return mean - half, mean + half
