@@ -354,15 +354,6 @@ def run(plan: Plan, debug: bool = False) -> None:
             if stop.received:
                 print("saved; the same command goes on from there", flush=True)
                 sys.exit(stop.exit_code)
-        if plan.asha:
-            _note_stopped(plan)
-
-
-def _note_stopped(plan: Plan) -> None:
-    """What the scheduler has stopped, it would stop again."""
-    for trial in plan.left:
-        if plan.directory.training(trial.hash) == "stopped":
-            plan.directory.note_done(plan.sweep, trial, {}, "stopped")
 
 
 def _track_report(plan: Plan, report: "Report") -> None:

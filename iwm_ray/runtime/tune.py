@@ -206,7 +206,7 @@ def run_trials(
     pattern = jobs[0]
     points = [job.trial.point for job in jobs]
     folder = tempfile.mkdtemp(prefix="iwm-tune-")
-    trainable = tune.with_parameters(_Trial, pattern=pattern, work=work, metric=asha.metric if asha else "")
+    trainable = tune.with_parameters(_Trial, pattern=pattern, work=work, asha=asha)
     tuner = tune.Tuner(
         tune.with_resources(trainable, room.resources),
         param_space={} if searcher else {"point": tune.grid_search(points)},
@@ -309,8 +309,8 @@ class _Titles(Callback):
 class _Trial(tune.Trainable):
     """A trial in its process: the work in a thread, its metrics handed on as they appear, its end asked for politely."""
 
-    def setup(self, config: dict[str, Any], pattern: Job, work: Work, metric: str) -> None:
-        self._pattern, self._work, self._metric = pattern, work, metric
+    def setup(self, config: dict[str, Any], pattern: Job, work: Work, asha: Asha | None) -> None:
+        self._pattern, self._work, self._asha = pattern, work, asha
         self._thread: threading.Thread | None = None
         self._begin(config)
 
@@ -323,7 +323,7 @@ class _Trial(tune.Trainable):
         self._end()
 
     def step(self) -> dict[str, Any]:
-        """The next value of the metric, or the end of the trial."""
+        """The next value that the scheduler judges by, or the end of the trial."""
         while self._thread is not None and self._thread.is_alive():
             if self._is_stopped:
                 self._end()
@@ -359,23 +359,29 @@ class _Trial(tune.Trainable):
             self._failed.append(error)
 
     def _next_row(self) -> dict[str, Any] | None:
-        if not self._metric:
+        if self._asha is None:
             return None
+        # At the last step there is nothing left to save: the trial is measured, however it compares.
+        metric, steps = self._asha.metric, range(self._last["step"] + 1, self._asha.total_steps)
         for row in metrics_log.read(self._job.run.metrics):
-            if row["step"] > self._last["step"] and row.get(self._metric) is not None:
-                self._last = {"step": row["step"], self._metric: float(row[self._metric])}
+            if row["step"] in steps and row.get(metric) is not None:
+                self._last = {"step": row["step"], metric: float(row[metric])}
                 return self._last
         return None
 
     def _end(self) -> None:
         """Asks the training, and the finetuning, to save and stop, and waits: then nothing of it is left, in this process
-        or on the cluster."""
+        or on the cluster. What the scheduler stops it would stop again, so that is noted at once."""
+        is_judged = self._thread is not None and self._thread.is_alive() and not self._is_stopped
         while self._thread is not None and self._thread.is_alive():
             # Again and again: what begins only now has cleared the request of an earlier start.
             for folder in (self._job.run.path, *self._job.run.path.glob("finetune/*/")):
                 if folder.is_dir():
                     RunDirectory(folder).stop_request.touch()
             self._thread.join(1.0)
+        directory, trial = self._job.directory, self._job.trial
+        if is_judged and directory.training(trial.hash) == "stopped":
+            directory.note_done(self._job.sweep, trial, {}, "stopped")
 
 
 class _Lines(Callback):

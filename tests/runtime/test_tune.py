@@ -21,7 +21,7 @@ from iwm_ray.run_directory import read_lines
 from iwm_ray.runtime import tune
 from iwm_ray.runtime.cluster import Asked, Node
 from iwm_ray.sweep import main
-from iwm_ray.sweeping.record import SweepDirectory
+from iwm_ray.sweeping.record import DONE, SweepDirectory
 from iwm_ray.sweeping.space import Axis, Sweep
 from iwm_ray.training import checkpoint, metrics_log
 
@@ -162,9 +162,10 @@ def _assert_children(uri: str, count: int) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_scheduler_frees_what_it_stops(ray_cluster, run_sweep, tmp_path, capsys):
-    """By a metric whose value is known: the momentum, that starts lower in the second trial."""
+    """By a metric whose value is known: the momentum, that starts lower in the second trial. It is noted at once, so that
+    a driver killed later does not forget it."""
     directory = SweepDirectory(tmp_path / "sweep")
-    axes = (Axis.of("schedule.momentum_start", 0.99, 0.9),)
+    axes = (Axis.of("schedule.momentum_start", 0.99, 0.9, 0.995),)
     changes = {"--schedule.steps": 300, "--monitor.every-steps": 100, "--monitor.report-every-steps": 20}
     words = ["--asha", "train/momentum", "--at-once", "1"]
     assert run_sweep(directory.path, axes, words, changes) == 0
@@ -172,10 +173,25 @@ def test_a_scheduler_frees_what_it_stops(ray_cluster, run_sweep, tmp_path, capsy
     assert directory.training(ended["0.99"]) == "finished"
     assert directory.training(ended["0.9"]) == "stopped"
     assert json.loads(directory.run(ended["0.9"]).summary.read_text())["steps"] < 300
+    assert directory.training(ended["0.995"]) == "finished"
+    noted, last = (directory.run(ended[name]).path / DONE for name in ("0.9", "0.995"))
+    assert noted.stat().st_mtime < last.stat().st_mtime
     assert_nothing_is_left()
     capsys.readouterr()
     assert run_sweep(directory.path, axes, words, changes) == 0
-    assert "2 of them done" in capsys.readouterr().out
+    assert "3 of them done" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_is_trained_whole_is_measured(ray_cluster, run_sweep, tmp_path):
+    """A scheduler that looks at the last step would stop the worse trial there, where it saves nothing."""
+    directory = SweepDirectory(tmp_path / "sweep")
+    axes = (Axis.of("schedule.momentum_start", 0.99, 0.9),)
+    changes = {"--schedule.steps": 40, "--monitor.every-steps": 20, "--monitor.report-every-steps": 20}
+    assert run_sweep(directory.path, axes, ["--asha", "train/momentum", "--at-once", "1"], changes) == 0
+    assert [directory.training(path.name) for path in directory.runs()] == ["finished", "finished"]
+    assert len(list((directory.path / "trials").glob(f"*/{DONE}"))) == 2
 
 
 @pytest.mark.ray
