@@ -16,7 +16,8 @@ from iwm_ray.config import Config
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
-from iwm_ray.data.read import Reader, content_hash
+from iwm_ray.data.read import Reader
+from iwm_ray.data.splits import refuse_shared_images, refuse_unknown_classes
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.encoders import FrozenEncoder
 from iwm_ray.evaluation.features import Features, measuring
@@ -296,10 +297,8 @@ def _open_task(
     train, test = (Index.open(data, where, cache) for where in (path, test_path))
     if not train.class_names:
         raise UsageError(f"--data.path {path}: the images have no labels; finetuning needs classes")
-    if content_hash(train) == content_hash(test):
-        raise UsageError(
-            f"--data.test-path {test_path}: holds the training images; give images that are not trained on"
-        )
+    words = f"--data.test-path {test_path}"
+    refuse_unknown_classes(words, train, test)
     limits = DecodeLimits.from_config(data)
 
     def rows(index: Index, count: int) -> ImageRows:
@@ -312,9 +311,10 @@ def _open_task(
     task = Task(name, train.class_names, rows(train, config.data.num_train), rows(test, config.data.num_test))
     if len(task.train) < 2 or not len(task.test):
         raise UsageError(
-            f"--data.test-path {test_path}: {len(task.test)} images of a class of {path}, which has {len(task.train)} "
+            f"{words}: {len(task.test)} images of a class of {path}, which has {len(task.train)} "
             "labelled images; give sets with the same class names"
         )
+    refuse_shared_images(words, train, task.train.samples, test, task.test.samples)
     return task
 
 
