@@ -275,6 +275,6 @@ def _figures(arm: Arm, result: ArmResult, ways: tuple[str, ...]) -> dict[str, fl
     figures: dict[str, float] = {}
     for task in arm.tasks:
         name = f"held_out/{task}/top1" if arm.is_choice else figure_name(arm.family, task, "top1", ways)
-        found = seeds_interval(result.rights(task)[None], over_seeds=False)
+        found = seeds_interval(result.rights(task)[None])
         figures |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
     return figures

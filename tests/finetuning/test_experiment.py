@@ -10,7 +10,7 @@ from iwm_ray.finetuning.arms import Arm, ArmResult
 from iwm_ray.finetuning.experiment import Experiment
 from iwm_ray.finetuning.model import weights_hash
 from iwm_ray.finetuning.settings import FinetuneConfig
-from iwm_ray.finetuning.summary import summarise
+from iwm_ray.finetuning.summary import lines, summarise
 from iwm_ray.finetuning.tuning import ArmTraining, work
 from iwm_ray.training import metrics_log
 from iwm_ray.workers import train_here
@@ -164,6 +164,17 @@ def test_a_difference_is_of_the_seeds_that_both_have():
         return Arm("predictor", start, ("a",), seed, 1.0), result
 
     results = dict([arm("pretrained", 0, "1100"), arm("pretrained", 1, "0000"), arm("random", 0, "1000")])
-    metrics = summarise(results, {}, ("linear_head",))["metrics"]
+    summary = summarise(results, {}, ("linear_head",))
+    metrics = summary["metrics"]
     assert metrics["finetune/a/linear_head/top1"] == 0.25
     assert metrics["finetune/a/linear_head/difference"] == 0.25
+    assert summary["num_seeds"] == {
+        "finetune/a/linear_head/top1": 2,
+        "finetune/a/linear_head/difference": 1,
+        "finetune/a/linear_head/top1_random_predictor": 1,
+    }
+    head, pretrained, control, note, _, difference = lines(summary)
+    assert "std" in head and pretrained[head.index("std") :].startswith("35.36")
+    assert control[head.index("std") :].startswith("- ")
+    assert note == "std -: one seed, 95 % over test images alone"
+    assert "+25.00 points (95 %, over test images, one seed: " in difference
