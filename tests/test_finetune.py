@@ -154,6 +154,13 @@ def test_the_rate_is_chosen_on_held_out_training_images(clean_run, tmp_path):
         assert f"{row['lr']:g}" == max(scores, key=scores.get)
 
 
+def test_a_rate_that_diverges_is_named(clean_run, tmp_path, capsys):
+    grid = ["--lr-grid", "1e-3", "1e30", "--steps", 12, "--seeds", 0, "--output", tmp_path / "out"]
+    assert finetune(clean_run, *PHOTOS, *SMALL, *grid) == 0
+    named = [line for line in capsys.readouterr().out.splitlines() if "diverged" in line]
+    assert len(named) == 2 and all("lr1e+30-seed0-choice" in line and "--lr 1e+30" in line for line in named)
+
+
 def test_encoder_and_both_from_augmented_images(clean_run, tmp_path):
     output = tmp_path / "out"
     strong = [

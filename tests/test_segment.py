@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -119,6 +120,21 @@ def test_what_was_tuned_is_a_segmenter(segmented, shapes, clean_run, tmp_path):
         images = segmentation.test.read(np.arange(6), np.zeros(6, np.int64), 0)[0]
         agrees = (found.predict(images).numpy() == picture).mean()
         assert agrees == 1 if folder.name.startswith("predictor") else agrees < 1
+
+
+def test_a_segmenter_that_is_missing_is_made_again_and_one_is_enough(segmented, clean_run, shapes, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(segmented[0], output)
+    config = SegmentConfig(data=SegmentDataConfig(**paths(shapes)), seeds=(0,), tune=("predictor", "both"))
+
+    def opened(*seeds):
+        asked = Segmentation.open(Trained.open(clean_run), config.model_copy(update={"seeds": seeds}), None)
+        return replace(asked, folder=output)
+
+    first, *others = finals = [replace(arm, lr=3e-3) for arm in opened(0).finals()]
+    assert all(map(opened(0).is_finished, finals)) and all(map(opened(1, 0).is_finished, finals))
+    shutil.rmtree(output / "adapters" / first.name)
+    assert not opened(0).is_finished(first) and all(map(opened(0).is_finished, others))
 
 
 def predict(*arguments):

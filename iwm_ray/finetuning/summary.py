@@ -87,7 +87,17 @@ def table_lines(rows: Sequence[Mapping[str, Any]], figure: str, label: str) -> l
         )
         for row in rows
     ]
-    head = ("task", "tuned", "predictor", f"{label} % (95 %)", "std", "lr", "M params", "images/s", "MiB")
+    head = (
+        "task",
+        "tuned",
+        "predictor",
+        f"{label} % (95 %)",
+        "std",
+        "lr",
+        "M params",
+        "images/s",
+        "MiB to train",
+    )
     widths = [max(len(row[i]) for row in [head, *cells]) for i in range(len(head))]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, *cells])
     note = ["std -: one seed, 95 % over test images alone"] * any(row["spread"] is None for row in rows)
