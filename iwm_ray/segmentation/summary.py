@@ -163,8 +163,10 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     for name, value in metrics.items():
         if name.endswith(("_low", "_high", "/miou", "/miou_random_predictor")):  # those stand in the table
             continue
-        between = f" ({ends_of_difference(summary, name)})" if f"{name}_low" in metrics else ""
-        found.append(f"{name.removeprefix('finetune/')}  {100 * value:.2f} %{between}")
+        figure = f"{100 * value:.2f} %"
+        if f"{name}_low" in metrics:
+            figure = f"{100 * value:+.2f} points ({ends_of_difference(summary, name)})"
+        found.append(f"{name.removeprefix('finetune/')}  {figure}")
     families = dict.fromkeys((row["tune"], row["predictor"]) for row in summary["classes"])
     heads = [f"{tune}, {predictor}" for tune, predictor in families]
     width = max(len(row["class"]) for row in summary["classes"])
