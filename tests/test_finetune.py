@@ -311,6 +311,12 @@ def test_test_images_that_are_trained_on(clean_run, digits, tmp_path, capsys):
     assert finetune(clean_run, "--data.path", tmp_path, *test) == 2
     assert "40 of 40 images are training images too, such as b.parquet:" in capsys.readouterr().err
     assert finetune(clean_run, "--data.path", tmp_path / "a.parquet", *test) == 0
+    crossed = [
+        f"{task}={tmp_path / file}.parquet" for task, file in (("x", "a"), ("y", "b"), ("x", "b"), ("y", "a"))
+    ]
+    sets = ["--data.path", *crossed[:2], "--data.test-path", *crossed[2:], *output]
+    assert finetune(clean_run, *sets) == 2
+    assert "b.parquet: holds the training images" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):

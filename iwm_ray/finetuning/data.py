@@ -244,7 +244,7 @@ def open_tasks(config: FinetuneConfig, run: Config, cache: Path) -> list[Task]:
         cache: folder of the data indices.
 
     Raises:
-        UsageError: no data, names that don't fit together, no labels.
+        UsageError: no data, names that don't fit together, no labels, test images of any task that one is trained on.
     """
     train, test = (
         named_paths("data.path", config.data.path),
@@ -259,7 +259,12 @@ def open_tasks(config: FinetuneConfig, run: Config, cache: Path) -> list[Task]:
             "same order"
         )
     pairs = zip(train.items(), test.values(), strict=True)
-    return [_open_task(config, run, cache, name, path, test_path) for (name, path), test_path in pairs]
+    tasks = [_open_task(config, run, cache, name, path, test_path) for (name, path), test_path in pairs]
+    for task, test_path in zip(tasks, test.values(), strict=True):
+        words, tested = f"--data.test-path {test_path}", task.test
+        for trained in (other.train for other in tasks):  # one predictor may be trained on all
+            refuse_shared_images(words, trained.index, trained.samples, tested.index, tested.samples)
+    return tasks
 
 
 def named_paths(setting: str, words: Sequence[str]) -> dict[str, str]:
@@ -314,7 +319,6 @@ def _open_task(
             f"{words}: {len(task.test)} images of a class of {path}, which has {len(task.train)} "
             "labelled images; give sets with the same class names"
         )
-    refuse_shared_images(words, train, task.train.samples, test, task.test.samples)
     return task
 
 
