@@ -26,6 +26,7 @@ from iwm_ray.config import RuntimeConfig
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.read import Reader, content_hash
+from iwm_ray.data.splits import refuse_unknown_classes
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation import probes
 from iwm_ray.evaluation.action_regression import MIN_IMAGES, action_features, regress
@@ -221,17 +222,7 @@ class Measurement:
                 f"the {classes} classes of data.path; take more of them"
             )
         if self.test:
-            learned = [
-                self.train.class_names[number] for number in np.unique(self.train.labels) if number >= 0
-            ]
-            unknown = np.unique(
-                self.test.labels[(self.test.labels >= 0) & (self.test.labels_in(learned) < 0)]
-            )
-            if len(unknown):
-                raise UsageError(
-                    f"data.test_path: class {self.test.class_names[unknown[0]]} is not among the training images; "
-                    "give test images of the training classes"
-                )
+            refuse_unknown_classes("data.test_path", self.train, self.test)
 
     @cached_property
     def _samples(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -64,7 +64,7 @@ def model_card(
         _data(trained),
         _training(trained),
         *([_adapter(adapter)] if adapter else []),
-        _figures(trained),
+        _figures(trained, adapter is not None),
         _actions(trained),
         "## Loading\n\n```python\n" + _LOADING[format] + "\n```",
         "## Licence\n\nThe run states no licence for these weights: it depends on that of the images above. The code "
@@ -134,9 +134,14 @@ def _training(trained: Trained) -> str:
 
 
 def _adapter(folder: Path) -> str:
-    """What the adapter's own training has written."""
-    facts, own = _json(folder / FACTS), _json(folder.parent.parent / "arms" / f"{folder.name}.json")
-    settings, seed = own.get("settings", {}), own.get("arm", {}).get("seed", "unknown")
+    """What the adapter's own training has written, beside its control and the best constant answer."""
+    tuning = folder.parent.parent
+    facts, own = _json(folder / FACTS), _json(tuning / "arms" / f"{folder.name}.json")
+    settings, arm, figures = own.get("settings", {}), own.get("arm", {}), own.get("figures", {})
+    seed = arm.get("seed", "unknown")
+    known = _json(tuning / "summary.json").get("metrics", {})
+    chance = {name: known.get(f"finetune/{name.split('/')[1]}/chance") for name in figures}
+    controls = {"random predictor": _control(tuning / "arms", arm), "best constant answer": chance}
     tasks = "\n".join(
         f"- task `{name}`, {len(names)} classes: {', '.join(names)}" for name, names in facts["tasks"].items()
     )
@@ -153,10 +158,21 @@ def _adapter(folder: Path) -> str:
 {values or "settings not recorded"}
 ```
 
-{_table(own.get("figures", {}), {})}"""
+{_table(figures, controls)}"""
 
 
-def _figures(trained: Trained) -> str:
+def _control(arms: Path, arm: Mapping[str, Any]) -> dict[str, float | None]:
+    """The figures of the same training from a random predictor, under the names of the pretrained one's."""
+    for path in sorted(arms.glob("*.json")):
+        found = _json(path)
+        other = found.get("arm", {})
+        if other == {**arm, "start": "random", "lr": other.get("lr")}:
+            figures = found.get("figures", {})
+            return {name.replace("_random_predictor", ""): value for name, value in figures.items()}
+    return {}
+
+
+def _figures(trained: Trained, is_tuned: bool) -> str:
     """What was measured of this very checkpoint: metrics.jsonl at its step, beside evaluation's untrained weights.
 
     Figures of networks that were tuned from it are not its own; an adapter's card has those of its own training.
@@ -171,21 +187,24 @@ def _figures(trained: Trained) -> str:
         measured = _json(path).get("measured", {})
         metrics |= measured.get("trained", {})
         untrained |= measured.get("untrained", {})
-    return "## Figures\n\n" + _table(metrics, untrained)
+    head = "## Figures of the pretrained checkpoint, before finetuning" if is_tuned else "## Figures"
+    return f"{head}\n\n{_table(metrics, {'untrained weights': untrained})}"
 
 
-def _table(metrics: Mapping[str, float | None], untrained: Mapping[str, float | None]) -> str:
+def _table(metrics: Mapping[str, float | None], controls: Mapping[str, Mapping[str, float | None]]) -> str:
+    """One row for each figure, with its interval and, by heading, what it is to be compared with."""
     rows = []
     for name, value in sorted(metrics.items()):
         if value is None or name.endswith(("_low", "_high")) or name.startswith(_NOT_A_QUALITY):
             continue
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
         between = f"{low:.4g} to {high:.4g}" if low is not None and high is not None else ""
-        control = untrained.get(name)
-        rows.append((f"`{name}`", f"{value:.4g}", between, "" if control is None else f"{control:.4g}"))
+        beside = [known.get(name) for known in controls.values()]
+        cells = ["" if control is None else f"{control:.4g}" for control in beside]
+        rows.append((f"`{name}`", f"{value:.4g}", between, *cells))
     if not rows:
         return "Nothing was measured at this step."
-    return _markdown(("metric", "value", "95 % interval", "untrained weights"), rows)
+    return _markdown(("metric", "value", "95 % interval", *controls), rows)
 
 
 def _actions(trained: Trained) -> str:

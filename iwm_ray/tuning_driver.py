@@ -116,7 +116,8 @@ def train_arm(tuning: Tuning, arm: Arm) -> Outcome:
     with _tracker(training) as tracker:
         outcome = driver.train(training, work)
         if outcome.status == "finished":
-            MetricsLog(training.run.metrics).correct(outcome.step, tuning.figures(arm))
+            figures = {} if tuning.diverged(arm).exists() else tuning.figures(arm)
+            MetricsLog(training.run.metrics).correct(outcome.step, figures)
         tracker.finish(TRACKER_STATUS[outcome.status])
     if outcome.status == "failed":
         raise RunError(f"{arm.name}: {outcome.message}")
@@ -161,6 +162,7 @@ def _in_turns(tuning: Tuning) -> Callable[[Sequence[Arm]], bool]:
             progress = Progress(run, steps, tuning.batch_size, title=title, later=later)
             outcome = beside(progress.show, lambda arm=arm: train_arm(tuning, arm))  # type: ignore[misc]
             progress.close()
+            _say_diverged(tuning, arm, title)
             if outcome.status == "stopped":
                 return False
         return True
@@ -182,9 +184,16 @@ def _side_by_side(tuning: Tuning, room: "Room") -> Callable[[Sequence[Arm]], boo
         names = [arm.name for arm in arms]
         trials = [_Trial(quiet, arm) for arm in arms]
         beside(lambda: None, lambda: tune.run_beside(trials, names, room, max_failures=runtime.max_failures))
+        for arm in arms:
+            _say_diverged(tuning, arm, f"{arm.name} · ")
         return all(map(tuning.is_finished, arms))
 
     return train
+
+
+def _say_diverged(tuning: Tuning, arm: Arm, title: str) -> None:
+    if tuning.diverged(arm).exists():
+        print(f"{title}diverged, so this rate is not chosen: {tuning.diverged(arm).read_text()}", flush=True)
 
 
 @dataclass(frozen=True)

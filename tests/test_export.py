@@ -81,6 +81,13 @@ def test_a_classifier_gives_its_probabilities(adapters, tmp_path, format, kind):
     )
     assert "astronaut" in card and f"| `{name}` | {own['figures'][name]:.4g} |" in card
     assert "batch_size = 8" in card and "data.num_train = 16" in card
+    summary = json.loads((adapters[kind].parents[1] / "summary.json").read_text())["metrics"]
+    (row,) = (line for line in card.splitlines() if line.startswith(f"| `{name}` "))
+    control = f"{summary[f'{name}_random_predictor']:.4g}" if kind == "predictor" else ""
+    assert row.endswith(f"| {control} | {summary['finetune/photos_tiny/chance']:.4g} |")
+    before, after = card.split("## Figures of the pretrained checkpoint, before finetuning\n")
+    assert "random predictor | best constant answer |" in before and "mrr/mrr" in after
+    assert "mrr/mrr" not in before
 
 
 def test_the_card_says_what_the_run_recorded(clean_run, photo_cache, tmp_path):

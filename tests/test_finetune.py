@@ -1,7 +1,10 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -151,6 +154,13 @@ def test_the_rate_is_chosen_on_held_out_training_images(clean_run, tmp_path):
         assert f"{row['lr']:g}" == max(scores, key=scores.get)
 
 
+def test_a_rate_that_diverges_is_named(clean_run, tmp_path, capsys):
+    grid = ["--lr-grid", "1e-3", "1e30", "--steps", 12, "--seeds", 0, "--output", tmp_path / "out"]
+    assert finetune(clean_run, *PHOTOS, *SMALL, *grid) == 0
+    named = [line for line in capsys.readouterr().out.splitlines() if "diverged" in line]
+    assert len(named) == 2 and all("lr1e+30-seed0-choice" in line and "--lr 1e+30" in line for line in named)
+
+
 def test_encoder_and_both_from_augmented_images(clean_run, tmp_path):
     output = tmp_path / "out"
     strong = [
@@ -284,7 +294,29 @@ def test_what_is_missing_for_ray_is_one_line_and_exit_2(clean_run, tmp_path, cap
 def test_classes_that_do_not_meet(clean_run, digits, tmp_path, capsys):
     arguments = ["--data.path", "photos_tiny", "--data.test-path", digits[1], "--output", tmp_path / "out"]
     assert finetune(clean_run, *arguments) == 2
-    assert "give sets with the same class names" in capsys.readouterr().err
+    assert "class 0 is not among the training images; give test images of" in capsys.readouterr().err
+
+
+def test_test_images_that_are_trained_on(clean_run, digits, tmp_path, capsys):
+    """One of two Parquet files of the training set is the test set."""
+    for name, folder in zip(("a", "b"), digits, strict=True):
+        files = sorted(Path(folder).rglob("*.png"))
+        columns = {
+            "image": [each.read_bytes() for each in files],
+            "label": [each.parent.name for each in files],
+        }
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    output = ["--output", tmp_path / "out", "--dry-run"]
+    test = ["--data.test-path", tmp_path / "b.parquet", *output]
+    assert finetune(clean_run, "--data.path", tmp_path, *test) == 2
+    assert "40 of 40 images are training images too, such as b.parquet:" in capsys.readouterr().err
+    assert finetune(clean_run, "--data.path", tmp_path / "a.parquet", *test) == 0
+    crossed = [
+        f"{task}={tmp_path / file}.parquet" for task, file in (("x", "a"), ("y", "b"), ("x", "b"), ("y", "a"))
+    ]
+    sets = ["--data.path", *crossed[:2], "--data.test-path", *crossed[2:], *output]
+    assert finetune(clean_run, *sets) == 2
+    assert "b.parquet: holds the training images" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):

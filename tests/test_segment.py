@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -119,6 +120,21 @@ def test_what_was_tuned_is_a_segmenter(segmented, shapes, clean_run, tmp_path):
         images = segmentation.test.read(np.arange(6), np.zeros(6, np.int64), 0)[0]
         agrees = (found.predict(images).numpy() == picture).mean()
         assert agrees == 1 if folder.name.startswith("predictor") else agrees < 1
+
+
+def test_a_segmenter_that_is_missing_is_made_again_and_one_is_enough(segmented, clean_run, shapes, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(segmented[0], output)
+    config = SegmentConfig(data=SegmentDataConfig(**paths(shapes)), seeds=(0,), tune=("predictor", "both"))
+
+    def opened(*seeds):
+        asked = Segmentation.open(Trained.open(clean_run), config.model_copy(update={"seeds": seeds}), None)
+        return replace(asked, folder=output)
+
+    first, *others = finals = [replace(arm, lr=3e-3) for arm in opened(0).finals()]
+    assert all(map(opened(0).is_finished, finals)) and all(map(opened(1, 0).is_finished, finals))
+    shutil.rmtree(output / "adapters" / first.name)
+    assert not opened(0).is_finished(first) and all(map(opened(0).is_finished, others))
 
 
 def predict(*arguments):
@@ -299,6 +315,60 @@ def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "classes", "words"),
+    [
+        (lambda value: 255 * (value > 0), {"ground": [0], "shape": [255]}, ["--data.ignore 255", "'shape'", "-1"]),
+        (lambda value: 255 * (value > 0), None, ["pixels of 1 classes", "value 255", "--data.ignore -1"]),
+        (lambda value: value, {"disc": [7], "box": [8]}, ["masks/train", "pixels of 0 classes", "--data.classes"]),
+        (lambda value: value, {"disc": [1], "box": [8]}, ["masks/train", "pixels of 1 classes", "two or more"]),
+    ],
+)  # fmt: skip
+def test_masks_without_two_classes_are_refused(clean_run, shapes, tmp_path, capsys, change, classes, words):
+    shutil.copytree(shapes, tmp_path / "shapes")
+    for path in (tmp_path / "shapes/masks").rglob("*.png"):
+        with Image.open(path) as mask:
+            mask.point(change).save(path)
+    options = data(tmp_path / "shapes")
+    if classes is not None:
+        (tmp_path / "classes.json").write_text(json.dumps(classes))
+        options += ["--data.classes", tmp_path / "classes.json"]
+    assert segment(clean_run, *options, "--dry-run") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+    if "255" in error:
+        assert segment(clean_run, *options, "--data.ignore", -1, "--dry-run") == 0
+
+
+def test_test_masks_without_a_class_and_coloured_masks_are_refused(clean_run, shapes, tmp_path, capsys):
+    (tmp_path / "classes.json").write_text('{"disc": [1], "box": [2]}')
+    named = ["--data.classes", tmp_path / "classes.json", "--dry-run"]
+    for part, change, words in (
+        ("val", lambda mask: mask.point(lambda value: 0), "masks/val: pixels of 0 classes"),
+        ("train", lambda mask: mask.convert("RGB"), "mode RGB"),
+        ("val", lambda mask: mask.convert("RGB"), "mode RGB"),
+    ):
+        shutil.copytree(shapes, tmp_path / "shapes")
+        for path in (tmp_path / "shapes/masks" / part).iterdir():
+            with Image.open(path) as mask:
+                change(mask).save(path)
+        assert segment(clean_run, *data(tmp_path / "shapes"), *named) == 2
+        assert words in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "shapes")
+
+
+def test_test_images_among_the_training_images_are_refused(clean_run, shapes, tmp_path, capsys):
+    """The folder of training images lies in that of the test images."""
+    for kind in ("images", "masks"):
+        shutil.copytree(shapes / kind, tmp_path / kind)
+        shutil.copytree(shapes / kind / "train", tmp_path / kind / "val/more")
+    where = paths(tmp_path)
+    where |= {"path": f"{where['test_path']}/more", "masks": f"{where['test_masks']}/more"}
+    options = [word for name, path in where.items() for word in (f"--data.{name}", path)]
+    assert segment(clean_run, *options, "--dry-run") == 2
+    assert "48 of 64 images are training images too, such as" in capsys.readouterr().err
 
 
 def test_other_masks_have_another_folder(clean_run, shapes, tmp_path):

@@ -187,6 +187,12 @@ class Index:
             return f"{self._root}/{self.row_id(i)}"
         return f"{self._root}/{self._facts.shards[self._shards[i]]}"
 
+    def origin(self, i: int) -> tuple[str, int]:
+        """The file or URI of the sample, and where it is in there: its row (Parquet) or first byte (tar), else 0."""
+        if self.is_packed:
+            return self.path(i), i - int(np.searchsorted(self._shards, self._shards[i]))
+        return self.path(i), int(self._offsets[i])
+
     def place(self, i: int) -> tuple[str, int, int]:
         """(path to open, offset, size in bytes); size -1: the whole file."""
         if self._facts.kind == "images":

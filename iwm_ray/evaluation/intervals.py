@@ -1,4 +1,4 @@
-"""How sure a figure is: percentile intervals of the bootstrap over images, and over seeds."""
+"""How sure a figure is: percentile intervals of the bootstrap over images, Student's t over seeds."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,29 +64,36 @@ class Interval:
     low: float
     high: float
 
+    def over_seeds(self, values: Sequence[float], lowest: float) -> "Interval":
+        """No narrower than Student's t over repetitions; of one repetition it stays as it is, over images alone.
 
-def seeds_interval(values: NDArray[np.floating], over_seeds: bool) -> Interval:
-    """95 % percentile interval of the mean of a table, by resampling its test images and, if asked, its seeds.
+        Args:
+            values: of each seed; the interval is of their mean.
+            lowest: that a value can be; the highest is 1.
+        """
+        low, high = np.clip(repetitions_interval(values), lowest, 1)
+        return Interval(self.mean, float(np.fmin(self.low, low)), float(np.fmax(self.high, high)))
 
-    Values of one image stay together, and so do those of one seed: the interval of a difference is paired over both.
-    Differs: with few seeds their resampling is coarse (three seeds: 10 different choices).
+
+def seeds_interval(values: NDArray[np.floating], lowest: float = 0.0) -> Interval:
+    """95 % interval of the mean of a table: the wider of the bootstrap's over test images and Student's t over seeds.
+
+    Values of one image stay together, and so do those of one seed: the interval of a difference is paired over both. (To
+    resample three seeds, of which there are ten different choices, gives too narrow an interval.)
 
     Args:
-        values: `[s k]` of s seeds and k images.
-        over_seeds: whether the result is to hold for other seeds too.
+        values: `[s k]` of s seeds and k images; of one seed the interval is over images alone.
+        lowest: that a value can be; the highest is 1.
     """
-    num_seeds, num_images = values.shape
+    num_images = values.shape[1]
     generator = np.random.Generator(np.random.Philox(0))
-    means = []
+    by_image, means = values.mean(0), []
     for _ in range(_NUM_RESAMPLES // _AT_ONCE):
         images = generator.multinomial(num_images, np.full(num_images, 1 / num_images), _AT_ONCE)
-        by_seed = (values @ images.T) / num_images
-        seeds = np.ones((_AT_ONCE, num_seeds), np.int64)
-        if over_seeds:
-            seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), _AT_ONCE)
-        means.append((seeds.T * by_seed).sum(0) / num_seeds)
+        means.append(images @ by_image / num_images)
     low, high = np.quantile(np.concatenate(means), _ENDS)
-    return Interval(float(values.mean()), float(low), float(high))
+    over_images = Interval(float(values.mean()), float(low), float(high))
+    return over_images.over_seeds(values.mean(1).tolist(), lowest)
 
 
 def repetitions_interval(values: Sequence[float]) -> tuple[float, float]:

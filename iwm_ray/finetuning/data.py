@@ -16,7 +16,8 @@ from iwm_ray.config import Config
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
-from iwm_ray.data.read import Reader, content_hash
+from iwm_ray.data.read import Reader
+from iwm_ray.data.splits import refuse_shared_images, refuse_unknown_classes
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.encoders import FrozenEncoder
 from iwm_ray.evaluation.features import Features, measuring
@@ -243,7 +244,7 @@ def open_tasks(config: FinetuneConfig, run: Config, cache: Path) -> list[Task]:
         cache: folder of the data indices.
 
     Raises:
-        UsageError: no data, names that don't fit together, no labels.
+        UsageError: no data, names that don't fit together, no labels, test images of any task that one is trained on.
     """
     train, test = (
         named_paths("data.path", config.data.path),
@@ -258,7 +259,12 @@ def open_tasks(config: FinetuneConfig, run: Config, cache: Path) -> list[Task]:
             "same order"
         )
     pairs = zip(train.items(), test.values(), strict=True)
-    return [_open_task(config, run, cache, name, path, test_path) for (name, path), test_path in pairs]
+    tasks = [_open_task(config, run, cache, name, path, test_path) for (name, path), test_path in pairs]
+    for task, test_path in zip(tasks, test.values(), strict=True):
+        words, tested = f"--data.test-path {test_path}", task.test
+        for trained in (other.train for other in tasks):  # one predictor may be trained on all
+            refuse_shared_images(words, trained.index, trained.samples, tested.index, tested.samples)
+    return tasks
 
 
 def named_paths(setting: str, words: Sequence[str]) -> dict[str, str]:
@@ -296,10 +302,8 @@ def _open_task(
     train, test = (Index.open(data, where, cache) for where in (path, test_path))
     if not train.class_names:
         raise UsageError(f"--data.path {path}: the images have no labels; finetuning needs classes")
-    if content_hash(train) == content_hash(test):
-        raise UsageError(
-            f"--data.test-path {test_path}: holds the training images; give images that are not trained on"
-        )
+    words = f"--data.test-path {test_path}"
+    refuse_unknown_classes(words, train, test)
     limits = DecodeLimits.from_config(data)
 
     def rows(index: Index, count: int) -> ImageRows:
@@ -312,7 +316,7 @@ def _open_task(
     task = Task(name, train.class_names, rows(train, config.data.num_train), rows(test, config.data.num_test))
     if len(task.train) < 2 or not len(task.test):
         raise UsageError(
-            f"--data.test-path {test_path}: {len(task.test)} images of a class of {path}, which has {len(task.train)} "
+            f"{words}: {len(task.test)} images of a class of {path}, which has {len(task.train)} "
             "labelled images; give sets with the same class names"
         )
     return task

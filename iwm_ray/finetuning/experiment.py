@@ -13,6 +13,7 @@ import torch
 from iwm_ray.build import cache_folder
 from iwm_ray.data.index import Index
 from iwm_ray.data.read import content_hash
+from iwm_ray.errors import UsageError
 from iwm_ray.evaluation.encoders import RunEncoder
 from iwm_ray.evaluation.features import Features, model_device
 from iwm_ray.evaluation.intervals import seeds_interval
@@ -71,6 +72,10 @@ class Experiment(Tuning):
         Raises:
             UsageError: data or settings that don't fit.
         """
+        if config.action == "random" and trained.config.predictor.conditioning == "none":
+            raise UsageError(
+                "--action random: the predictor of this run is told no action (predictor.conditioning none); leave it out"
+            )
         cache = cache_of(trained, config)
         tasks = {task.name: task for task in open_tasks(config, trained.config, cache)}
         experiment = cls(trained, config, output or Path(), tasks, extract)
@@ -132,11 +137,11 @@ class Experiment(Tuning):
 
     def finished(self, arm: Arm) -> ArmResult | None:
         """An arm's result, if it has been run and its adapter, where one is due, is there."""
-        if self._has_adapter(arm) and not adapter.exists(self.adapter(arm)):
+        if self.keeps(arm) and not adapter.exists(self.adapter(arm)):
             return None
         return read_result(self.folder / "arms", arm)
 
-    def is_finished(self, arm: Arm) -> bool:
+    def has_result(self, arm: Arm) -> bool:
         return self.finished(arm) is not None
 
     def score(self, arm: Arm) -> float:
@@ -173,7 +178,7 @@ class Experiment(Tuning):
                 self._splits(arm)
 
     def judge(self, arm: Arm, tuned: Tuned, fitted: Fitted) -> None:
-        """Writes which images are classified rightly and, for the first seed of no control, the adapter."""
+        """Writes which images are classified rightly and, where it is kept, the adapter."""
         before, names = self.assemble(arm), arm.tasks
         _, judged = self._splits(arm)
         device, size = model_device(tuned), 2 * self.config.batch_size
@@ -197,7 +202,7 @@ class Experiment(Tuning):
             encoder_hash=weights_hash(tuned.encoder),
             head_hash=weights_hash(before.heads),
         )
-        if self._has_adapter(arm):
+        if self.keeps(arm):
             class_names = {name: self.tasks[name].class_names for name in names}
             encoder_hash = weights_hash(before.encoder)
             adapter.save(self.adapter(arm), tuned, self.trained, self.config, class_names, encoder_hash)
@@ -206,14 +211,6 @@ class Experiment(Tuning):
 
     def figures(self, arm: Arm) -> dict[str, float]:
         return read_figures(self.folder / "arms" / f"{arm.name}.json")
-
-    def _has_adapter(self, arm: Arm) -> bool:
-        """Whether the tuned network is kept: that of the first seed, and of no control."""
-        return arm.start != "random" and not arm.is_choice and arm.seed == self.config.seeds[0]
-
-    def adapter(self, arm: Arm) -> Path:
-        """Where the arm's adapter is kept."""
-        return self.folder / "adapters" / arm.name
 
     def _splits(self, arm: Arm) -> tuple[list[Split], list[Split]]:
         """What the arm trains on and what it is judged on, for each of its tasks."""
@@ -275,6 +272,6 @@ def _figures(arm: Arm, result: ArmResult, ways: tuple[str, ...]) -> dict[str, fl
     figures: dict[str, float] = {}
     for task in arm.tasks:
         name = f"held_out/{task}/top1" if arm.is_choice else figure_name(arm.family, task, "top1", ways)
-        found = seeds_interval(result.rights(task)[None], over_seeds=False)
+        found = seeds_interval(result.rights(task)[None])
         figures |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
     return figures

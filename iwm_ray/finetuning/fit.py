@@ -6,12 +6,11 @@ does not depend on the number of workers, but for the order in which numbers are
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +31,10 @@ from iwm_ray.workers import Worker, agree_to_stop, checkpoint_every
 REPORT_EVERY_STEPS = 10
 
 Columns = dict[str, Tensor]
+
+
+class DivergedError(RunError):
+    """The loss is not finite."""
 
 
 class Objective(Protocol):
@@ -79,7 +82,8 @@ class Fitted:
     seconds: float
     """of the steps, all attempts together"""
     peak_memory: int
-    """bytes: of the GPU where there is one, else of the whole process"""
+    """bytes: the most on the GPU where there is one; else parameters, gradients, moments, and what one step saves for its
+    backward pass"""
 
 
 @dataclass
@@ -186,9 +190,8 @@ def tune_step(
     for number, part in enumerate(parts, start=1):
         local = number < len(parts) and isinstance(forward, DistributedDataParallel)
         with forward.no_sync() if local else nullcontext():  # type: ignore[operator]
-            with autocast(runtime, state.device):
+            with autocast(runtime, state.device), state.memory.watch(state.model):
                 part_loss = objective.loss(state.model, forward, part, state.step) * share
-            state.memory.look()
             part_loss.backward()
         loss += part_loss.detach()
     if tuning.clip_grad_norm:
@@ -265,7 +268,7 @@ class Between:
 
     def _refuse_non_finite(self, state: TuneState, loss: float) -> None:
         if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} after {state.step} steps at --lr {state.lr:g}; lower it")
+            raise DivergedError(f"the loss is {loss} after {state.step} steps at --lr {state.lr:g}; lower it")
 
     def _report(self, state: TuneState, loss: float) -> None:
         self._refuse_non_finite(state, loss)
@@ -297,18 +300,44 @@ class Between:
 
 
 class Memory:
-    """The most memory in use since the start, looked at when a step's activations are all there."""
+    """What training needs: on a GPU the most that was allocated.
+
+    On CPUs, where the process holds much else (libraries, data, what earlier arms have left), it is counted at the first
+    step: parameters, gradients, moments, and what the forward pass saves.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._process, self.peak_bytes = device, psutil.Process(), 0
+        self._device, self.peak_bytes = device, 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def look(self) -> None:
-        if self._device.type != "cuda":
-            self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
+    def watch(self, tuned: nn.Module) -> AbstractContextManager[object]:
+        """Within it a forward pass of the network is made."""
+        is_known = self._device.type == "cuda" or self.peak_bytes
+        return nullcontext() if is_known else self._count(tuned)
+
+    @contextmanager
+    def _count(self, tuned: nn.Module) -> Iterator[None]:
+        own, saved = _storages(tuned.parameters()), {}
+
+        def note(tensor: Tensor) -> Tensor:
+            saved.update(_storages([tensor]))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            yield
+        trained = _storages(each for each in tuned.parameters() if each.requires_grad)
+        activations = {place: size for place, size in saved.items() if place not in own}
+        # Each trained parameter has a gradient and two moments.
+        self.peak_bytes = sum(own.values()) + 3 * sum(trained.values()) + sum(activations.values())
 
     def peak(self) -> int:
         """Bytes."""
         now = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
         return max(now, self.peak_bytes)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Where the memory of tensors begins -> its bytes; what tensors share stands there once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_ray.evaluation.intervals import Interval, seeds_interval
+from iwm_ray.evaluation.intervals import Floats, Interval, seeds_interval
 from iwm_ray.finetuning.arms import Arm, ArmResult, Family, by_family, figure_name
 from iwm_ray.finetuning.data import Task
 
@@ -26,32 +26,33 @@ def summarise(
 
     Returns:
         `metrics`: name -> number. For each task alone `finetune/<task>/top1` (predictor finetuning, mean over seeds)
-        with `_low` and `_high` (95 % over test images), `top1_random_predictor` likewise, and `difference` of the two
-        (95 % over test images and the seeds that both have, paired). What tunes the encoder, both, or all tasks
+        with `_low` and `_high` (95 %, see `seeds_interval`), `top1_random_predictor` likewise, and `difference` of the
+        two (paired, of the seeds that both have). What tunes the encoder, both, or all tasks
         together, or in an unusual way, stands under `finetune/<task>/encoder/`, `.../both/`, `.../multitask/`,
         `.../linear_head/` ... instead; `multitask/minus_single` is the difference to the task alone.
         `finetune/<task>/chance` is the best constant answer.
+        `num_seeds`: of each figure with an interval; of one seed that is over test images alone.
         `efficiency`: one row for each family and task.
     """
     tables = by_family(results)
     metrics: dict[str, float] = {}
+    num_seeds: dict[str, int] = {}
     for name, task in tasks.items():
         metrics[f"finetune/{name}/chance"] = float(np.bincount(task.test.labels).max() / len(task.test))
     for family, found in tables.items():
         for task_name in family.tasks:
-
-            def named(figure: str, family: Family = family, task_name: str = task_name) -> str:
-                return figure_name(family, task_name, figure, ways)
-
-            table = rights(found, found, task_name)
-            metrics |= _interval(named("top1"), seeds_interval(table, over_seeds=False))
+            figures = {"top1": (rights(found, found, task_name), 0.0)}
             if family.start == "pretrained":
                 control = tables.get(Family(family.tune, "random", family.tasks), {})
-                metrics |= _difference(named("difference"), found, control, task_name)
+                figures |= _difference("difference", found, control, task_name)
             if len(family.tasks) > 1:
                 alone = tables.get(Family(family.tune, family.start, (task_name,)), {})
-                metrics |= _difference(named("minus_single"), found, alone, task_name)
-    return {"metrics": metrics, "efficiency": list(_efficiency(results))}
+                figures |= _difference("minus_single", found, alone, task_name)
+            for figure, (table, lowest) in figures.items():
+                figure_named = figure_name(family, task_name, figure, ways)
+                metrics |= interval_metrics(figure_named, seeds_interval(table, lowest))
+                num_seeds[figure_named] = len(table)
+    return {"metrics": metrics, "num_seeds": num_seeds, "efficiency": list(_efficiency(results))}
 
 
 def rights(results: Seeds, seeds: Iterable[int], task: str) -> NDArray[np.float64]:
@@ -61,10 +62,10 @@ def rights(results: Seeds, seeds: Iterable[int], task: str) -> NDArray[np.float6
 
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary as a table."""
-    return [*table_lines(summary["efficiency"], "top1", "top-1"), "", *_differences(summary["metrics"])]
+    return [*table_lines(summary["efficiency"], "top1", "top-1"), "", *_differences(summary)]
 
 
-def table_lines(rows: Iterable[Mapping[str, Any]], figure: str, label: str) -> list[str]:
+def table_lines(rows: Sequence[Mapping[str, Any]], figure: str, label: str) -> list[str]:
     """Score and cost of each network (see `efficiency_row`).
 
     Args:
@@ -78,7 +79,7 @@ def table_lines(rows: Iterable[Mapping[str, Any]], figure: str, label: str) -> l
             row["tune"] + (" (multi-task)" if row["multitask"] else ""),
             row["predictor"],
             f"{100 * row[figure]:.2f} ({100 * row['low']:.2f} to {100 * row['high']:.2f})",
-            f"{100 * row['spread']:.2f}",
+            "-" if row["spread"] is None else f"{100 * row['spread']:.2f}",
             f"{row['lr']:g}",
             f"{row['trained_parameters'] / 1e6:.2f}",
             f"{row['images_per_second']:,.0f} ({row['inputs']})",
@@ -86,10 +87,21 @@ def table_lines(rows: Iterable[Mapping[str, Any]], figure: str, label: str) -> l
         )
         for row in rows
     ]
-    head = ("task", "tuned", "predictor", f"{label} % (95 %)", "std", "lr", "M params", "images/s", "MiB")
+    head = (
+        "task",
+        "tuned",
+        "predictor",
+        f"{label} % (95 %)",
+        "std",
+        "lr",
+        "M params",
+        "images/s",
+        "MiB to train",
+    )
     widths = [max(len(row[i]) for row in [head, *cells]) for i in range(len(head))]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, *cells])
-    return ["  ".join(line).rstrip() for line in padded]
+    note = ["std -: one seed, 95 % over test images alone"] * any(row["spread"] is None for row in rows)
+    return ["  ".join(line).rstrip() for line in padded] + note
 
 
 def efficiency_row(
@@ -122,7 +134,7 @@ def efficiency_row(
         "low": interval.low,
         "high": interval.high,
         f"{figure}_by_seed": list(scores),
-        "spread": float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0,
+        "spread": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
         "trained_parameters": costs[0]["trained_parameters"],
         "images_per_second": float(np.mean([cost["images_per_second"] for cost in costs])),
         "peak_memory": max(cost["peak_memory"] for cost in costs),
@@ -130,30 +142,35 @@ def efficiency_row(
     }
 
 
-def _differences(metrics: dict[str, float]) -> Iterator[str]:
-    for name, value in metrics.items():
+def _differences(summary: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in summary["metrics"].items():
         what = name.rpartition("/")[2]
         if not what.startswith(("difference", "minus_single")) or what.endswith(("_low", "_high")):
             continue
-        low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
         words = "pretrained minus random predictor" if what == "difference" else "together minus alone"
         if what.endswith("_random_predictor"):
             words += ", random predictor"
         where = name.removeprefix("finetune/").rpartition("/")[0]
-        yield f"{where}: {words} {100 * value:+.2f} points (95 %: {100 * low:+.2f} to {100 * high:+.2f})"
+        yield f"{where}: {words} {100 * value:+.2f} points ({ends_of_difference(summary, name)})"
 
 
-def _interval(name: str, interval: Interval) -> dict[str, float]:
+def ends_of_difference(summary: Mapping[str, Any], name: str) -> str:
+    """`95 %: -1.20 to +3.40`, in points; of one seed it says over what it is."""
+    low, high = (100 * summary["metrics"][f"{name}_{end}"] for end in ("low", "high"))
+    over = ", over test images, one seed" * (summary["num_seeds"][name] == 1)
+    return f"95 %{over}: {low:+.2f} to {high:+.2f}"
+
+
+def interval_metrics(name: str, interval: Interval) -> dict[str, float]:
+    """The mean as `<name>`, the ends as `<name>_low` and `<name>_high`."""
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def _difference(name: str, ours: Seeds, theirs: Seeds, task: str) -> dict[str, float]:
-    """Our accuracy minus theirs, seed by seed and image by image; nothing where there is nothing to compare with."""
+def _difference(name: str, ours: Seeds, theirs: Seeds, task: str) -> dict[str, tuple[Floats, float]]:
+    """Our accuracy minus theirs, seed by seed and image by image, with the lowest that it could be; nothing where there is
+    nothing to compare with."""
     seeds = [seed for seed in ours if seed in theirs]
-    if not seeds:
-        return {}
-    table = rights(ours, seeds, task) - rights(theirs, seeds, task)
-    return _interval(name, seeds_interval(table, over_seeds=True))
+    return {name: (rights(ours, seeds, task) - rights(theirs, seeds, task), -1.0)} if seeds else {}
 
 
 def _efficiency(results: Mapping[Arm, ArmResult]) -> Iterator[dict[str, Any]]:
@@ -163,6 +180,6 @@ def _efficiency(results: Mapping[Arm, ArmResult]) -> Iterator[dict[str, Any]]:
         costs = [vars(results[arm]) for arm in arms]
         for task in family.tasks:
             table = rights(by_seed, by_seed, task)
-            interval = seeds_interval(table, over_seeds=False)
+            interval = seeds_interval(table)
             row = efficiency_row(arms, task, "top1", interval, table.mean(1).tolist(), costs)
             yield row | {"steps": costs[0]["steps"]}

@@ -1,5 +1,6 @@
 """What all tunings share: arms, each a training of its own that workers can take up where another attempt left it."""
 
+import glob
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from iwm_ray.errors import UsageError
+from iwm_ray.errors import RunError, UsageError
 from iwm_ray.feed import Rows
 from iwm_ray.finetuning.arms import Arm, Family
-from iwm_ray.finetuning.fit import ArmRecord, Between, Fitted, Objective, TuneState, fit
+from iwm_ray.finetuning.fit import ArmRecord, Between, DivergedError, Fitted, Objective, TuneState, fit
 from iwm_ray.finetuning.model import Tuned
 from iwm_ray.finetuning.settings import TuningConfig, TuningRuntimeConfig
 from iwm_ray.loader import to_tensors
@@ -88,8 +89,28 @@ class Tuning(ABC):
         """Measures a trained network, keeps it where it is to be kept, and marks the arm as finished."""
 
     @abstractmethod
+    def has_result(self, arm: Arm) -> bool:
+        """Whether an arm's result is there, with the tuned network where that is kept."""
+
     def is_finished(self, arm: Arm) -> bool:
-        """Whether an arm's result is there."""
+        """Whether nothing is left to do for an arm."""
+        return self.diverged(arm).exists() or self.has_result(arm)
+
+    def diverged(self, arm: Arm) -> Path:
+        """The note of a rate of the grid at which the loss was not finite: it has no result, and is not chosen."""
+        return ArmTraining(self, arm).run.path / "diverged"
+
+    def adapter(self, arm: Arm) -> Path:
+        """Where the tuned network of an arm is kept, if it is."""
+        return self.folder / "adapters" / arm.name
+
+    def keeps(self, arm: Arm) -> bool:
+        """Whether the tuned network is kept: of each family but controls, that of the seed which was run first."""
+        if arm.start == "random" or arm.is_choice or arm.seed != self.config.seeds[0]:
+            return False
+        family = glob.escape(arm.name.removesuffix(str(arm.seed)))
+        kept = {path.parent for path in (self.folder / "adapters").glob(f"{family}*/*.json")}
+        return not kept - {self.adapter(arm)}
 
     @abstractmethod
     def figures(self, arm: Arm) -> dict[str, float]:
@@ -110,9 +131,16 @@ class Tuning(ABC):
             write_json(path, self.record())
 
     def refuse_other(self) -> None:
-        """Raises UsageError where the folder holds the arms of another tuning."""
+        """Raises UsageError where the folder holds the arms of another tuning, RunError where its record is damaged."""
         path = self.folder / "config.json"
-        if path.exists() and json.loads(path.read_text()).get("name") != self.name:
+        try:
+            found = json.loads(path.read_text())["name"] if path.exists() else self.name
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{path}: damaged ({error}); choose another --output, or remove the file if the arms there are of these "
+                "settings"
+            ) from None
+        if found != self.name:
             raise UsageError(
                 f"--output {self.folder}: holds a tuning with another checkpoint, data or settings, or of an earlier "
                 "version of iwm_ray; choose another --output"
@@ -157,11 +185,22 @@ class Tuning(ABC):
         return [Arm(family.tune, family.start, family.tasks, _CHOICE_SEED, lr, True) for lr in grid]
 
     def _rate(self, family: Family) -> float:
-        """The rate with the best score on held-out training images; the first of equals."""
+        """The rate with the best score on held-out training images; the first of equals.
+
+        Raises:
+            RunError: the loss was finite at none.
+        """
         candidates = self._candidates(family)
         if not candidates:
             return self.config.default_lr
-        return candidates[int(np.argmax([self.score(arm) for arm in candidates]))].lr
+        scores = [-np.inf if self.diverged(arm).exists() else self.score(arm) for arm in candidates]
+        if max(scores) == -np.inf:
+            rates = " ".join(f"{arm.lr:g}" for arm in candidates)
+            raise RunError(
+                f"--lr-grid {rates}: the loss of {family.tune}, {family.start} predictor, is finite at no rate; add lower "
+                "ones"
+            )
+        return candidates[int(np.argmax(scores))].lr
 
     def num_images(self, arm: Arm) -> int:
         """Images that an arm trains on, counted as often as they are seen."""
@@ -243,11 +282,22 @@ def _work(training: ArmTraining, worker: Worker, open_columns: OpenColumns) -> O
     )
     batches = _checked(columns, training, worker, state.step)
     between = Between(run, RunDirectory(tuning.folder), worker, state, training.batch_size, generation)
-    fit(state, batches, tuning.objective(arm), shared(tuned, worker, len(arm.tasks) == 1), worker, between)
-    if state.step < state.total_steps:
+    diverged = ""
+    try:
+        fit(
+            state, batches, tuning.objective(arm), shared(tuned, worker, len(arm.tasks) == 1), worker, between
+        )
+    except DivergedError as error:
+        if not arm.is_choice:
+            raise
+        diverged = str(error)  # one rate of several
+    if not diverged and state.step < state.total_steps:
         return Outcome("stopped", state.step)
     if worker.rank == 0:
-        tuning.judge(arm, tuned, between.fitted(state))
+        if diverged:
+            tuning.diverged(arm).write_text(diverged)
+        else:
+            tuning.judge(arm, tuned, between.fitted(state))
         shutil.rmtree(run.checkpoints)
     return Outcome("finished", state.step)
 

@@ -25,7 +25,7 @@ def accuracy_against_parameters(
         label: its name for a person.
 
     Returns:
-        A figure with one axes for each task; bars are 95 % intervals over test images, squares are multi-task.
+        A figure with one axes for each task; bars are 95 % intervals, squares are multi-task.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = min(_COLUMNS, len(tasks))

@@ -114,7 +114,7 @@ def extract(
     make = _Extraction(encoder, index, runtime, limits, pooled, tuple(layers))
     kept = cache.expanduser().absolute() / "features"
     folders = {layer: kept / _name(make, samples, layer) for layer in layers}
-    missing = {layer: folder for layer, folder in folders.items() if not folder.exists()}
+    missing = {layer: folder for layer, folder in folders.items() if not _is_whole(folder)}
     if missing:
         parts = [
             samples[first : first + _IMAGES_AT_ONCE] for first in range(0, len(samples), _IMAGES_AT_ONCE)
@@ -342,12 +342,24 @@ class _Rows:
 
 
 def _move(staged: Path, folder: Path) -> None:
-    """Gives finished features their name, unless another process was faster."""
+    """Gives finished features their name, unless another process was faster; damaged ones make room."""
     try:
         os.rename(staged, folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        if not _is_whole(folder):
+            shutil.rmtree(folder)
+            os.rename(staged, folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether features are there, and as many as their samples: files that were cut off cannot be read."""
+    try:
+        samples, values = np.load(folder / _SAMPLES), np.load(folder / _VALUES, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return len(samples) == len(values)
 
 
 def _open(folder: Path, index: Index, count: int) -> Features:

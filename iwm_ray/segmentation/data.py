@@ -21,7 +21,8 @@ from iwm_ray.config import Config
 from iwm_ray.data.decode import DecodeLimits, EncodedImage, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
-from iwm_ray.data.read import Reader, content_hash
+from iwm_ray.data.read import Reader
+from iwm_ray.data.splits import refuse_shared_images
 from iwm_ray.errors import UsageError
 from iwm_ray.feed import Columns
 from iwm_ray.finetuning.data import Tokens
@@ -55,14 +56,12 @@ class Classes:
     """256 numbers: the class of each value, or IGNORED"""
 
     @classmethod
-    def of_groups(cls, groups: dict[str, tuple[int, ...]], ignore: int) -> "Classes":
-        """Each group of values is one class."""
+    def of_groups(cls, groups: dict[str, tuple[int, ...]]) -> "Classes":
+        """Each group of values is one class; the other values are IGNORED."""
         table = [IGNORED] * 256
         for number, values in enumerate(groups.values()):
             for value in values:
                 table[value] = number
-        if ignore >= 0:
-            table[ignore] = IGNORED
         return cls(tuple(groups), tuple(table))
 
     @cached_property
@@ -233,10 +232,16 @@ def mask_size(path: Path) -> tuple[int, int]:
     """Width and height of a mask, pixels, from its header.
 
     Raises:
-        UsageError: not a picture.
+        UsageError: not a picture with one value a pixel.
     """
     with _reading(path), Image.open(path) as found:
+        _check_mode(path, found)
         return found.size
+
+
+def _check_mode(path: Path, found: Image.Image) -> None:
+    if found.mode not in ("L", "P", "1"):
+        raise UsageError(f"mask {path}: has mode {found.mode}; give an 8-bit PNG whose values are classes")
 
 
 @contextmanager
@@ -254,10 +259,7 @@ def read_mask(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.ui
         UsageError: not a picture with one value a pixel, or not of the image's shape (rows, columns).
     """
     with _reading(path), Image.open(io.BytesIO(path.read_bytes())) as found:
-        if found.mode not in ("L", "P", "1"):
-            raise UsageError(
-                f"mask {path}: has mode {found.mode}; give an 8-bit PNG whose values are classes"
-            )
+        _check_mode(path, found)
         mask = np.array(found, np.uint8)
     if shape is not None and mask.shape != tuple(shape):
         raise UsageError(
@@ -270,8 +272,8 @@ def open_pairs(config: SegmentConfig, run: Config, size: int, cache: Path) -> tu
     """Training and test pairs.
 
     Raises:
-        UsageError: folders or classes that are not there, images without masks or with masks of another size, the same
-            images for both.
+        UsageError: folders or classes that are not there, images without masks or with masks of another size, masks
+            without classes, test images that are trained on.
     """
     data = config.data
     for name in ("path", "masks", "test_path", "test_masks"):
@@ -279,24 +281,23 @@ def open_pairs(config: SegmentConfig, run: Config, size: int, cache: Path) -> tu
             raise UsageError(f"--data.{name.replace('_', '-')} is missing: give a folder")
     train = _pairs(run, data.path, "masks", data.masks, data.num_train, size, cache)
     test = _pairs(run, data.test_path, "test-masks", data.test_masks, data.num_test, size, cache)
+    words = f"--data.test-path {data.test_path}"
+    refuse_shared_images(words, train.index, train.samples, test.index, test.samples)
     classes = open_classes(data.classes, data.ignore, train)
-    if len(classes.names) < 2:
-        raise UsageError(
-            f"--data.classes {data.classes!r}: {len(classes.names)} classes; segmentation needs two or more"
-        )
-    if content_hash(train.index) == content_hash(test.index):
-        raise UsageError(
-            f"--data.test-path {data.test_path}: holds the training images; give images that are not trained on"
-        )
-    checked = (_checked(train, "masks"), _checked(test, "test-masks"))
-    return replace(checked[0], classes=classes), replace(checked[1], classes=classes)
+    train, test = (
+        _checked(replace(pairs, classes=classes), setting)
+        for pairs, setting in ((train, "masks"), (test, "test-masks"))
+    )
+    _refuse_few_classes(train, "masks", 2, data.ignore)
+    _refuse_few_classes(test, "test-masks", 1, data.ignore)
+    return train, test
 
 
 def _checked(pairs: Pairs, setting: str) -> Pairs:
     """The pairs, with the hash of their masks; every mask must have the size of its image.
 
     Raises:
-        UsageError: a mask is of another size, or no picture.
+        UsageError: a mask is of another size, or no picture with one value a pixel.
     """
     found = hashlib.blake2b(digest_size=8)
     for first in range(0, len(pairs), _READ_AT_ONCE):
@@ -315,6 +316,24 @@ def _checked(pairs: Pairs, setting: str) -> Pairs:
                         f"{pairs.index.path(sample)} {image.width} x {image.height}; make the mask as large as the image"
                     )
     return replace(pairs, masks_hash=found.hexdigest())
+
+
+def _refuse_few_classes(pairs: Pairs, setting: str, fewest: int, ignore: int) -> None:
+    """Raises UsageError where the masks hold fewer classes; reads them only until there are enough."""
+    values: set[int] = set()
+    classes: set[int] = set()
+    for sample in map(int, pairs.samples):
+        values |= set(np.unique(read_mask(pairs.mask_path(sample))).tolist())
+        classes = {pairs.classes.table[value] for value in values} - {IGNORED}
+        if len(classes) >= fewest:
+            return
+    ignored = f"; pixels of value {ignore} are ignored, --data.ignore -1 makes them count"
+    raise UsageError(
+        f"--data.{setting} {pairs.masks}: pixels of {len(classes)} classes; segmentation needs "
+        f"{'two or more to train on' if fewest == 2 else 'one or more to judge by'}, look at --data.classes"
+        + ignored
+        * (ignore in values)
+    )
 
 
 def _pairs(run: Config, path: str, setting: str, masks: str, count: int, size: int, cache: Path) -> Pairs:
@@ -338,17 +357,27 @@ def open_classes(words: str, ignore: int, train: Pairs) -> Classes:
     """The classes that `data.classes` names.
 
     Raises:
-        UsageError: no such file, or not as the setting's help says.
+        UsageError: no such file, or not as the setting's help says; a class whose pixels are ignored.
     """
-    if words == "ccp8":
-        return Classes.of_groups(CCP8, ignore)
     if not words:
         values = {
             int(value)
             for sample in train.samples
             for value in np.unique(read_mask(train.mask_path(int(sample))))
         }
-        return Classes.of_groups({str(value): (value,) for value in sorted(values - {ignore})}, ignore)
+        return Classes.of_groups({str(value): (value,) for value in sorted(values - {ignore})})
+    groups = CCP8 if words == "ccp8" else _read_groups(words)
+    for name, named in groups.items():
+        if ignore in named:
+            raise UsageError(
+                f"--data.ignore {ignore}: is a value of the class {name!r} of --data.classes {words}; give another value, "
+                "or none: --data.ignore -1"
+            )
+    return Classes.of_groups(groups)
+
+
+def _read_groups(words: str) -> dict[str, tuple[int, ...]]:
+    """The values of each class, from a file."""
     rows: list[tuple[str, tuple[int, ...]]]
     try:
         text = Path(words).expanduser().read_text()
@@ -372,4 +401,4 @@ def open_classes(words: str, ignore: int, train: Pairs) -> Classes:
                 f"--data.classes {words}: the {what} {twice[0]!r} stands there twice; give each once (several values of "
                 "one class: a JSON file of {name: [values]})"
             )
-    return Classes.of_groups(dict(rows), ignore)
+    return dict(rows)

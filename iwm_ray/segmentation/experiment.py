@@ -151,18 +151,17 @@ class Segmentation(Tuning):
         return self._tokens[mirrored]
 
     def judge(self, arm: Arm, tuned: Tuned, fitted: Fitted) -> None:
-        """Counts right pixels; keeps, of the first seed, predictions for the picture and, but for controls, the
-        segmenter."""
+        """Counts right pixels; keeps, of the first seed, predictions for the picture, and the segmenter where it is due."""
         config, action_dim = self.config, self.trained.policy.action_dim
         _, judged = self._splits(arm)
         counts = measure(tuned, judged, config, action_dim)
-        if arm.seed == config.seeds[0] and not arm.is_choice:
+        if not arm.is_choice and not self.pictured(arm.family).exists():
             shown = predict(tuned, self.test, self.pictured_places, action_dim, config.runtime)[2]
             self.pictured(arm.family).parent.mkdir(exist_ok=True)
             np.save(self.pictured(arm.family), shown.numpy())
-            if arm.start != "random":
-                names, model = self.train.classes.names, self.trained.load()
-                segmenter.save(self.segmenter(arm), tuned, self.trained, model, config, names)
+        if self.keeps(arm):
+            names, model = self.train.classes.names, self.trained.load()
+            segmenter.save(self.adapter(arm), tuned, self.trained, model, config, names)
         place = self._place(arm)
         np.save(place.with_suffix(".npy"), counts)
         facts = {
@@ -176,8 +175,9 @@ class Segmentation(Tuning):
         }
         write_json(place.with_suffix(".json"), {"arm": asdict(arm)} | facts)
 
-    def is_finished(self, arm: Arm) -> bool:
-        return self._place(arm).with_suffix(".json").exists()
+    def has_result(self, arm: Arm) -> bool:
+        is_whole = not self.keeps(arm) or segmenter.exists(self.adapter(arm))
+        return is_whole and self._place(arm).with_suffix(".json").exists()
 
     def figures(self, arm: Arm) -> dict[str, float]:
         return read_figures(self._place(arm).with_suffix(".json"))
@@ -241,12 +241,8 @@ class Segmentation(Tuning):
         return np.array(found, np.int64)
 
     def pictured(self, family: Family) -> Path:
-        """The predictions of a family's first seed for these images."""
+        """The predictions of a family's first arm for these images."""
         return self.folder / "pictured" / f"{family.tune}-{family.start}.npy"
-
-    def segmenter(self, arm: Arm) -> Path:
-        """Where the arm's segmenter is kept: of the first seed, and of no control."""
-        return self.folder / "adapters" / arm.name
 
     def _place(self, arm: Arm) -> Path:
         """Of the arm's files, without their endings."""

@@ -104,6 +104,11 @@ def save(
     write_json(folder / FACTS, tree)
 
 
+def exists(folder: Path) -> bool:
+    """Whether a whole segmenter lies there."""
+    return (folder / FACTS).exists()
+
+
 def load(folder: Path, run: Path | None = None) -> Segmenter:
     """A ready segmenter, on the CPU; see `iwm_ray.load`.
 

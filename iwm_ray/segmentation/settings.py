@@ -25,7 +25,7 @@ class SegmentDataConfig(_Part):
     """names and merging: a CSV file with columns index and name, a JSON file {name: [values]}, or ccp8 (the clothing
     data's classes in eight groups); values without a name are ignored; empty: the values of the training masks"""
     ignore: Annotated[int, Field(ge=-1, le=255)] = 255
-    """pixels of this value are neither trained on nor judged; -1: none"""
+    """pixels of this value are neither trained on nor judged, and no named class may have it; -1: none"""
     num_train: NonNegativeInt = 0
     """training images, a fixed random choice; 0: all"""
     num_test: NonNegativeInt = 0

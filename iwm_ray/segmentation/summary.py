@@ -1,4 +1,4 @@
-"""Intersection over union, with 95 % intervals over the test images."""
+"""Intersection over union, with 95 % intervals over test images and seeds."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,22 +8,27 @@ from numpy.typing import NDArray
 
 from iwm_ray.evaluation.intervals import Floats, Interval, named
 from iwm_ray.finetuning.arms import Arm, Family, figure_name
-from iwm_ray.finetuning.summary import efficiency_row, table_lines
+from iwm_ray.finetuning.summary import efficiency_row, ends_of_difference, interval_metrics, table_lines
 
 Counts = Mapping[Family, Mapping[int, NDArray[np.int64]]]
 """`[k 3 c]` of each family and seed (see network.measure)"""
 
 
 def class_iou(counts: NDArray[np.number], weights: Floats) -> Floats:
-    """`[k 3 c]` counts and `[k]` weights of the images -> `[c]`; NaN for a class that no image has or predicts."""
-    right, predicted, there = np.tensordot(weights, counts, 1)
+    """`[k 3 c]` counts and `[k]` weights of the images -> `[c]`; NaN for a class that no image has or predicts.
+
+    Images without a class say nothing of it: where those of weight 0 are the only ones that have it, it is that of all
+    images. (Left out, a rare and hard class would raise the mean of many a resample.)
+    """
+    weighted = np.tensordot(weights, counts, 1)
+    right, predicted, there = np.where(weighted[2] > 0, weighted, counts.sum(0))
     union = predicted + there - right
     return np.divide(right, union, out=np.full(len(right), np.nan), where=union > 0)
 
 
 def miou(counts: NDArray[np.number], weights: Floats, classes: NDArray[np.bool_]) -> float:
-    """Mean over those of the `[c]` classes that these images have or predict."""
-    return float(np.nanmean(class_iou(counts, weights)[classes]))
+    """Mean over the `[c]` classes that are chosen; some image has each of them."""
+    return float(class_iou(counts, weights)[classes].mean())
 
 
 def miou_of_present(counts: NDArray[np.number]) -> float:
@@ -54,30 +59,37 @@ def summarise(
     Returns:
         `metrics`: `finetune/<task>/miou` (predictor tuned; `encoder/miou`, `both/miou`, `linear_head/miou` ... otherwise),
         `miou_random_predictor` and `miou_difference` of the two, means over seeds (over those that both have) with
-        `_low` and `_high` (95 % over test images, the seeds as they are); `finetune/<task>/miou_chance` of the best
-        constant answer; classes that no test image has are left out. `classes`: one row for each family and class of
-        the first seed.
+        `_low` and `_high` (95 %: the wider of over test images and Student's t over seeds);
+        `finetune/<task>/miou_chance` of the best constant answer; classes that no test image has are left out.
+        `num_seeds`: of each figure with an interval; of one seed that is over test images alone. `classes`: one row for
+        each family and class of the first seed, over test images.
     """
     columns = _columns(counts, task, ways)
     first = _first(next(iter(counts.values())))
     present = first[:, 2].sum(0) > 0
 
-    def statistic(weights: Floats) -> Floats:
+    def by_seed(weights: Floats) -> list[list[float]]:
         found = {
-            family: {seed: miou(each, weights, present) for seed, each in by_seed.items()}
-            for family, by_seed in counts.items()
+            family: {seed: miou(each, weights, present) for seed, each in arms.items()}
+            for family, arms in counts.items()
         }
-        return np.array(
-            [
-                np.mean([sum(sign * found[family][seed] for family, sign in signs) for seed in seeds])
-                for seeds, signs in columns.values()
-            ]
-        )
+        return [
+            [sum(sign * found[family][seed] for family, sign in signs) for seed in seeds]
+            for seeds, signs in columns.values()
+        ]
+
+    def statistic(weights: Floats) -> Floats:
+        return np.array([np.mean(values) for values in by_seed(weights)])
 
     metrics = named(tuple(columns), statistic, len(first), 0)
+    for (name, (_, signs)), values in zip(columns.items(), by_seed(np.ones(len(first))), strict=True):
+        over_images = Interval(metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"])
+        metrics |= interval_metrics(name, over_images.over_seeds(values, 1.0 - len(signs)))
     chance = miou(constant_counts(first), np.ones(len(first)), present)
     metrics[f"finetune/{task}/miou_chance"] = chance
-    return {"metrics": metrics, "classes": list(_class_rows(counts, class_names, present))}
+    num_seeds = {name: len(seeds) for name, (seeds, _) in columns.items()}
+    rows = list(_class_rows(counts, class_names, present))
+    return {"metrics": metrics, "num_seeds": num_seeds, "classes": rows}
 
 
 Column = tuple[list[int], list[tuple[Family, int]]]
@@ -108,22 +120,21 @@ def _class_rows(
         first = _first(found)
 
         def statistic(weights: Floats, first: NDArray[np.int64] = first) -> Floats:
-            # A resample without the class says nothing of it: zero for a class that is never predicted either.
-            return np.nan_to_num(class_iou(first, weights))
+            return class_iou(first, weights)[present]
 
-        figures = named(tuple(class_names), statistic, len(first), 0)
-        for number, name in enumerate(class_names):
-            if present[number]:
-                yield {
-                    "tune": family.tune,
-                    "predictor": family.start,
-                    "class": name,
-                    "images": int((first[:, 2, number] > 0).sum()),
-                    "pixels": float(first[:, 2, number].sum() / first[:, 2].sum()),
-                    "iou": figures[name],
-                    "low": figures[f"{name}_low"],
-                    "high": figures[f"{name}_high"],
-                }
+        seen = {number: class_names[number] for number in np.flatnonzero(present).tolist()}
+        figures = named(tuple(seen.values()), statistic, len(first), 0)
+        for number, name in seen.items():
+            yield {
+                "tune": family.tune,
+                "predictor": family.start,
+                "class": name,
+                "images": int((first[:, 2, number] > 0).sum()),
+                "pixels": float(first[:, 2, number].sum() / first[:, 2].sum()),
+                "iou": figures[name],
+                "low": figures[f"{name}_low"],
+                "high": figures[f"{name}_high"],
+            }
 
 
 def efficiency(
@@ -152,10 +163,10 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     for name, value in metrics.items():
         if name.endswith(("_low", "_high", "/miou", "/miou_random_predictor")):  # those stand in the table
             continue
-        between = ""
+        figure = f"{100 * value:.2f} %"
         if f"{name}_low" in metrics:
-            between = f" (95 %: {100 * metrics[f'{name}_low']:.2f} to {100 * metrics[f'{name}_high']:.2f})"
-        found.append(f"{name.removeprefix('finetune/')}  {100 * value:.2f} %{between}")
+            figure = f"{100 * value:+.2f} points ({ends_of_difference(summary, name)})"
+        found.append(f"{name.removeprefix('finetune/')}  {figure}")
     families = dict.fromkeys((row["tune"], row["predictor"]) for row in summary["classes"])
     heads = [f"{tune}, {predictor}" for tune, predictor in families]
     width = max(len(row["class"]) for row in summary["classes"])

@@ -1,5 +1,6 @@
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,17 @@ def test_the_round_trip_gives_the_same_probabilities(save, trained, tune, start,
         expected = tuned(images(), "photos", query).softmax(1)
     assert torch.equal(classifier.predict(images()), expected)
     assert classifier.class_names == NAMES
+
+
+def test_what_is_drawn_is_the_same_for_every_image_whatever_its_neighbours(save, trained):
+    _, folder = save()
+    classifier = iwm_ray.load(folder)
+    classifier = replace(classifier, asking=replace(classifier.asking, is_random=True, fraction=0.5))
+    together = classifier.predict(images())
+    alone = torch.cat([classifier.predict(image[None]) for image in images()])
+    torch.testing.assert_close(together, alone)
+    plain = iwm_ray.load(folder).predict(images())
+    assert (together - plain).abs().max() > 1e-4  # it is asked for something else
 
 
 def test_the_frozen_encoder_is_not_stored_again(save, trained):

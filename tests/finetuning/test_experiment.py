@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iwm_ray.errors import RunError, UsageError
 from iwm_ray.finetuning.arms import Arm, ArmResult
 from iwm_ray.finetuning.experiment import Experiment
 from iwm_ray.finetuning.model import weights_hash
 from iwm_ray.finetuning.settings import FinetuneConfig
-from iwm_ray.finetuning.summary import summarise
+from iwm_ray.finetuning.summary import lines, summarise
 from iwm_ray.finetuning.tuning import ArmTraining, work
 from iwm_ray.training import metrics_log
 from iwm_ray.workers import train_here
@@ -55,6 +56,61 @@ def test_an_arm_whose_adapter_is_missing_is_not_finished(experiment):
     assert experiment.finished(ours) is None and experiment.finished(control) == results[control]
     experiment.run(here(experiment))
     assert experiment.results()[ours].correct == results[ours].correct and experiment.finished(ours)
+
+
+def test_a_seed_that_is_added_brings_no_other_adapter(trained, config, tmp_path):
+    """And is not in the way of those that are there: which seed is asked for first has no part in it."""
+
+    def asked(*seeds):
+        return Experiment.open(
+            trained, config.model_copy(update={"steps": 2, "seeds": seeds}), tmp_path / "out"
+        )
+
+    first = asked(0, 1)
+    first.run(here(first))
+    for other in (asked(1), asked(1, 0)):
+        assert other.run(lambda arms: pytest.fail(f"{arms} again"))
+    asked(2).run(here(asked(2)))
+    assert [folder.name[-5:] for folder in (tmp_path / "out" / "adapters").iterdir()] == ["seed0"]
+    assert len(first.results()) == 6
+
+
+def test_a_rate_that_diverges_is_not_chosen(trained, config, tmp_path):
+    grid = config.model_copy(update={"steps": 12, "seeds": (0,), "lr_grid": (1e-3, 1e30)})
+    experiment = Experiment.open(trained, grid, tmp_path / "out")
+    assert experiment.run(here(experiment))
+    assert [experiment.diverged(arm).exists() for arm in experiment.candidates()] == [False, True] * 2
+    assert "at --lr 1e+30" in experiment.diverged(experiment.candidates()[1]).read_text()
+    assert {arm.lr for arm in experiment.results()} == {1e-3} and len(experiment.results()) == 2
+    assert experiment.run(lambda arms: pytest.fail(f"{arms} again"))
+
+
+def test_where_every_rate_diverges_it_ends(trained, config, tmp_path):
+    grid = config.model_copy(update={"steps": 12, "seeds": (0,), "lr_grid": (1e30, 1e29)})
+    experiment = Experiment.open(trained, grid, tmp_path / "out")
+    with pytest.raises(
+        RunError, match=r"--lr-grid 1e\+30 1e\+29: the loss of predictor, pretrained predictor, .* lower"
+    ):
+        experiment.run(here(experiment))
+    assert experiment.results() == {}
+
+
+def test_a_damaged_record_is_one_line(experiment):
+    experiment.folder.mkdir()
+    (experiment.folder / "config.json").write_text('{"name": "a')
+    with pytest.raises(RunError, match=r"config.json: damaged .* another --output"):
+        experiment.refuse_other()
+
+
+def test_an_action_is_refused_where_the_predictor_has_none(trained, config, tmp_path):
+    run = trained.config.model_copy(
+        update={"predictor": trained.config.predictor.model_copy(update={"conditioning": "none"})}
+    )
+    without, random = replace(trained, config=run), config.model_copy(update={"action": "random"})
+    with pytest.raises(UsageError, match=r"--action random: .*predictor.conditioning none"):
+        Experiment.open(without, random, tmp_path / "out")
+    Experiment.open(without, config, tmp_path / "out")
+    Experiment.open(trained, random, tmp_path / "out")
 
 
 def test_the_test_images_choose_nothing(experiment, task):
@@ -164,6 +220,17 @@ def test_a_difference_is_of_the_seeds_that_both_have():
         return Arm("predictor", start, ("a",), seed, 1.0), result
 
     results = dict([arm("pretrained", 0, "1100"), arm("pretrained", 1, "0000"), arm("random", 0, "1000")])
-    metrics = summarise(results, {}, ("linear_head",))["metrics"]
+    summary = summarise(results, {}, ("linear_head",))
+    metrics = summary["metrics"]
     assert metrics["finetune/a/linear_head/top1"] == 0.25
     assert metrics["finetune/a/linear_head/difference"] == 0.25
+    assert summary["num_seeds"] == {
+        "finetune/a/linear_head/top1": 2,
+        "finetune/a/linear_head/difference": 1,
+        "finetune/a/linear_head/top1_random_predictor": 1,
+    }
+    head, pretrained, control, note, _, difference = lines(summary)
+    assert "std" in head and pretrained[head.index("std") :].startswith("35.36")
+    assert control[head.index("std") :].startswith("- ")
+    assert note == "std -: one seed, 95 % over test images alone"
+    assert "+25.00 points (95 %, over test images, one seed: " in difference

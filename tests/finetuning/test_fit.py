@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from iwm_ray.errors import RunError
 from iwm_ray.evaluation.encoders import RunEncoder
 from iwm_ray.finetuning.classification import ClassObjective, measure
 from iwm_ray.finetuning.data import Steps, TokenRows, Tokens, encode
-from iwm_ray.finetuning.fit import ArmRecord, Between, TuneState, fit, rate_share
+from iwm_ray.finetuning.fit import ArmRecord, Between, DivergedError, Memory, TuneState, fit, rate_share
 from iwm_ray.finetuning.model import Asking, weights_hash
 from iwm_ray.loader import to_tensors
 from iwm_ray.run_directory import RunDirectory
@@ -100,5 +99,34 @@ def test_a_loss_that_is_not_finite_ends_the_arm(tuned_network, config, trained, 
         tuned.head("photos").classify.weight.fill_(torch.inf)
     tokens = Tokens(encode(RunEncoder(trained, for_predictor=True), task.train))
     rows = TokenRows(task.train.samples, task.train.labels, tokens)
-    with pytest.raises(RunError, match="at --lr 0.003; lower it"):
+    with pytest.raises(DivergedError, match="at --lr 0.003; lower it"):
         train(tuned, rows, config, 3)
+
+
+def test_memory_is_that_of_the_arm_whatever_ran_before(tuned_network, config, task, train):
+    """Parameters, gradients, moments; activations grow with the batch, by as much for every image."""
+    needed = []
+    for tune, size in (
+        ("predictor", 8),
+        ("predictor", 16),
+        ("predictor", 24),
+        ("both", 16),
+        ("predictor", 16),
+    ):
+        tuned = tuned_network(config, tune)
+        fitted, _ = train(tuned, task.train, config.model_copy(update={"batch_size": size}), 2)
+        own = 4 * sum(parameter.numel() for parameter in tuned.parameters()) + 12 * tuned.num_trained
+        needed.append(fitted.peak_memory - own)
+    small, middle, large, both, again = needed
+    assert again == middle < both
+    assert 0 < small < middle < large and large - middle == pytest.approx(middle - small, rel=0.01)
+
+
+def test_what_is_saved_for_the_backward_pass_is_counted_once():
+    """Of one layer and a square: the input, and the layer's output, which a view shares."""
+    layer, inputs = torch.nn.Linear(5, 7, bias=False), torch.ones(3, 5)
+    memory = Memory(torch.device("cpu"))
+    with memory.watch(layer):
+        output = layer(inputs)
+        (output.flatten() * output.view(-1)).sum().backward()
+    assert memory.peak() == 4 * (35 + 3 * 35 + 3 * 5 + 3 * 7)

@@ -249,6 +249,22 @@ def test_an_interrupted_extraction_leaves_nothing(index, encoder, options, small
     assert list((options["cache"] / "features").iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["values.npy", "samples.npy"])
+@pytest.mark.parametrize("kept", [0, 40, 200, None], ids=["empty", "header", "cut", "missing"])
+def test_damaged_features_are_made_again(index, encoder, options, name, kept):
+    samples = np.arange(12)
+    first = extract(encoder, index, samples, **options)[LAST]
+    expected, file = np.array(first.values), options["cache"] / "features" / first.hash / name
+    if kept is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:kept])
+    second = extract(encoder, index, samples, **options)[LAST]
+    np.testing.assert_array_equal(second.values, expected)
+    assert second.samples.tolist() == first.samples.tolist()
+    assert [path.name for path in (options["cache"] / "features").iterdir()] == [first.hash]
+
+
 def test_without_a_readable_image_it_says_so(index, encoder, options):
     with pytest.raises(RunError, match="none of the 1 images"):
         extract(encoder, index, np.array([BAD]), **options)

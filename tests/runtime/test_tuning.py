@@ -144,8 +144,8 @@ def test_more_than_there_is_is_refused(ray_cluster, clean_run, tmp_path, capsys)
 
 
 def test_rates_as_trials(ray_cluster, clean_run, tmp_path, capsys):
-    """The same arms as in turns, with the same results, whichever ends first."""
-    grid = ["--lr-grid", "1e-4", "1e-2", "--runtime.threads-per-worker", 1]
+    """The same arms as in turns, with the same results, whichever ends first; one of the rates diverges."""
+    grid = ["--lr-grid", "1e-4", "1e-2", "1e30", "--runtime.threads-per-worker", 1]
     turns, trials = tmp_path / "turns", tmp_path / "trials"
     assert run(finetune_main, clean_run, *DATA, *SMALL, *grid, "--output", turns) == 0
     capsys.readouterr()
@@ -153,7 +153,8 @@ def test_rates_as_trials(ray_cluster, clean_run, tmp_path, capsys):
     assert run(finetune_main, clean_run, *DATA, *SMALL, *grid, *trial) == 0
     said = capsys.readouterr().out
     assert results(trials) == results(turns) and len(results(trials)) == 6
-    assert "4/4 predictor-" in said and "2/2 predictor-" in said and ": done" in said
+    assert said.count("lr1e+30-seed0-choice · diverged") == 2
+    assert "6/6 predictor-" in said and "2/2 predictor-" in said and ": done" in said
     (one, two) = (json.loads((each / "summary.json").read_text()) for each in (turns, trials))
     assert one["metrics"] == two["metrics"]
     assert adapter(trials).read_bytes() == adapter(turns).read_bytes()

@@ -12,9 +12,9 @@ from iwm_ray.segmentation.settings import SegmentAugmentConfig
 
 
 def test_values_are_merged_and_the_others_ignored():
-    classes = Classes.of_groups({"a": (0, 7), "b": (3,)}, ignore=3)
+    classes = Classes.of_groups({"a": (0, 7), "b": (3,)})
     assert classes.names == ("a", "b")
-    assert classes.lookup[[0, 7, 3, 9]].tolist() == [0, 0, IGNORED, IGNORED]
+    assert classes.lookup[[0, 7, 3, 9]].tolist() == [0, 0, 1, IGNORED]
 
 
 @settings(deadline=None, max_examples=25)

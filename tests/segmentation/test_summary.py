@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from iwm_ray.evaluation.intervals import repetitions_interval
 from iwm_ray.finetuning.arms import Family
 from iwm_ray.segmentation.network import count_pixels
 from iwm_ray.segmentation.summary import class_iou, constant_counts, lines, miou, summarise
@@ -56,7 +57,10 @@ def test_a_perfect_network_beside_its_control(pictures):
     assert metrics["finetune/shapes/miou_difference"] == pytest.approx(1 - below)
     assert [row["class"] for row in found["classes"]] == ["a", "b", "c"] * 2  # no pixel is d
     assert sum(row["pixels"] for row in found["classes"][:3]) == pytest.approx(1)
-    assert any(line.startswith("shapes/miou_difference  ") for line in lines(found | {"efficiency": []}))
+    (line,) = (
+        line for line in lines(found | {"efficiency": []}) if line.startswith("shapes/miou_difference  ")
+    )
+    assert "(95 %, over test images, one seed: +" in line
 
 
 def test_a_difference_is_of_the_seeds_that_both_have(pictures):
@@ -67,3 +71,39 @@ def test_a_difference_is_of_the_seeds_that_both_have(pictures):
     metrics, below = found["metrics"], miou(bad, np.ones(7), np.array([True, True, True, False]))
     assert metrics["finetune/shapes/linear_head/miou"] == pytest.approx((1 + below) / 2)
     assert metrics["finetune/shapes/linear_head/miou_difference"] == pytest.approx(1 - below)
+
+
+def test_seeds_that_disagree_widen_the_intervals(pictures):
+    predicted, classes = pictures
+    ours, control = (Family("predictor", start, ("shapes",)) for start in ("pretrained", "random"))
+    good, bad = counts(classes, classes), counts(predicted, classes)
+    both = {ours: {0: good, 1: good, 2: bad}, control: {0: bad, 1: bad, 2: bad}}
+    found = summarise(both, "abcd", "shapes")
+    values = [1 - miou(bad, np.ones(7), np.array([True, True, True, False]))] * 2 + [0]
+    low, high = repetitions_interval(values)
+    assert high > 1 and found["metrics"]["finetune/shapes/miou_difference_high"] == 1
+    assert found["metrics"]["finetune/shapes/miou_difference_low"] == pytest.approx(low)
+    assert not any("one seed" in line for line in lines(found | {"efficiency": []}))
+
+
+def test_a_class_of_one_image_does_not_raise_the_mean_where_it_is_not_drawn():
+    """Nine images of a class that is always found, and one of a class that never is: half, in any resample."""
+    found = np.zeros((10, 3, 2), np.int64)
+    found[:9, :, 0] = 8
+    found[9, 1, 0] = 1
+    found[9, 2, 1] = 1
+    summary = summarise({Family("encoder", "none", ("shapes",)): {0: found}}, "ab", "shapes")
+    metrics = summary["metrics"]
+    assert metrics["finetune/shapes/encoder/miou_high"] <= 0.5
+    assert metrics["finetune/shapes/encoder/miou"] == pytest.approx(0.5, abs=0.01)
+    assert [row["high"] for row in summary["classes"]] == [1, 0]
+
+
+def test_where_the_class_is_not_drawn_its_iou_is_that_of_all_images(pictures):
+    predicted, classes = pictures
+    classes[0, 0, 0] = 3
+    predicted[0, 0, :2] = 3
+    weights = np.array([0.0, 1, 1, 1, 1, 1, 2])
+    found, drawn = counts(predicted, classes), slice(1, None)
+    assert class_iou(found, weights)[3] == class_iou(found, np.ones(7))[3] == 0.5
+    np.testing.assert_allclose(class_iou(found, weights)[:3], class_iou(found[drawn], weights[drawn])[:3])
