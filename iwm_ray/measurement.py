@@ -26,7 +26,7 @@ from iwm_ray.config import RuntimeConfig
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.read import Reader, content_hash
-from iwm_ray.data.splits import refuse_unknown_classes
+from iwm_ray.data.splits import refuse_shared_images, refuse_unknown_classes
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation import probes
 from iwm_ray.evaluation.action_regression import MIN_IMAGES, action_features, regress
@@ -155,8 +155,9 @@ class Measurement:
                 differ, tasks that the model can't do.
         """
         self._check_readable()
-        if self.test is not None and content_hash(self.test) == content_hash(self.train):
-            raise UsageError("data.test_path: the same images as data.path; give others, or leave it out")
+        if self.test is not None:
+            learned_from, tested_on = self._samples
+            refuse_shared_images("data.test_path", self.train, learned_from, self.test, tested_on)
         if self.trained.config.predictor.target == "pixels":
             _refuse_world_model(tasks)
         if set(tasks) & set(PROBES):
