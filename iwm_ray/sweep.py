@@ -222,6 +222,7 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         raise UsageError(f"--search {options.search}: needs --trials N, how many of the {len(trials)} points")
     if options.search == "random":
         trials = choose(trials, options.trials, sweep.base.seed)
+    directory.refuse_other(sweep, trials)
     left = [
         trial
         for trial in trials

@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from iwm_ray.config import Config
+from iwm_ray.errors import UsageError
+from iwm_ray.evaluation.settings import MeasureConfig
+from iwm_ray.finetuning.settings import FinetuneConfig
 from iwm_ray.run_directory import RunDirectory, write_json
 from iwm_ray.sweeping.space import Point, Sweep, Trial
 
@@ -47,6 +53,45 @@ class SweepDirectory:
         """Hash -> point of all trials that were ever planned."""
         return dict(_read(self.definition).get("trials", {}))
 
+    def refuse_other(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
+        """Checks that trials differ from those of the record in their axes alone: else the report would take different
+        trainings for repetitions of one configuration.
+
+        Raises:
+            UsageError: another setting differs.
+        """
+        varied = {name for axis in sweep.axes for settings in axis.values.values() for name in settings}
+        if base := _read(self.definition).get("base"):
+            self._refuse_difference(base, sweep.base, varied)
+        known = {frozenset(point.items()): name for name, point in self.points().items()}
+        for trial in trials:
+            recorded = known.get(frozenset(trial.point.items()), trial.hash)
+            if recorded != trial.hash:
+                self._refuse_difference(_read(self.run(recorded).config), trial.config, set(), trial.title)
+
+    def _refuse_difference(
+        self, recorded: dict[str, Any], config: Config, varied: set[str], title: str = "trials"
+    ) -> None:
+        """Args: recorded: a configuration as an earlier command wrote it; empty: nothing was begun with it."""
+        if not recorded:
+            return
+        try:
+            before = Config.model_validate(recorded).flat()  # settings that are younger than the record
+        except ValidationError:
+            raise UsageError(
+                f"--output {self.path}: its trials are of a version with other settings; choose another --output"
+            ) from None
+        for name, value in config.flat().items():
+            if (
+                name not in varied
+                and not name.startswith(("runtime.", "tracking."))
+                and before[name] != value
+            ):
+                raise UsageError(
+                    f"--output {self.path}: its {title} have {name} {before[name]!r}, these {value!r}; "
+                    "choose another --output"
+                )
+
     def plan(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
         """Adds trials to the record; those of an earlier, smaller grid stay."""
         write_json(
@@ -69,7 +114,7 @@ class SweepDirectory:
         """
         run = self.run(trial.hash)
         done = _read(run.path / DONE)
-        if done.get("asked") == asked(sweep):
+        if _filled(done.get("asked")) == asked(sweep.measure, sweep.finetune):
             if done["status"] == "finished" and _read(run.summary).get("status") == "finished":
                 return "finished"
             if done["status"] == "stopped" and keep_stopped:
@@ -90,7 +135,8 @@ class SweepDirectory:
         self, sweep: Sweep, trial: Trial, seconds: dict[str, float], status: str = "finished"
     ) -> None:
         """Marks a trial as done by what was asked of it; forgets its failure."""
-        record = {"status": status, "asked": asked(sweep), "point": trial.point, "seconds": seconds}
+        work = asked(sweep.measure, sweep.finetune)
+        record = {"status": status, "asked": work, "point": trial.point, "seconds": seconds}
         write_json(self.run(trial.hash).path / DONE, record)
         self._failure(trial.hash).unlink(missing_ok=True)
 
@@ -111,13 +157,23 @@ class SweepDirectory:
         return self.path / "failures" / f"{trial_hash}.json"
 
 
-def asked(sweep: Sweep) -> dict[str, Any]:
-    """What is asked of every trial besides its training."""
-    tuned = sweep.finetune
+def asked(measure: MeasureConfig, finetune: FinetuneConfig | None) -> dict[str, Any]:
+    """What is asked of every trial besides its training, as JSON; not where and how fast."""
     return {
-        "measure": sweep.measure.model_dump(mode="json"),
-        "finetune": tuned and tuned.model_dump(mode="json", exclude={"runtime"}),
+        "measure": measure.model_dump(mode="json"),
+        "finetune": finetune and finetune.model_dump(mode="json", exclude={"runtime", "tracking"}),
     }
+
+
+def _filled(recorded: Any) -> dict[str, Any] | None:
+    """`asked` as an earlier version noted it, with the defaults of settings that are younger; None where it can't be
+    read."""
+    with suppress(ValidationError, KeyError, TypeError):
+        tuned = recorded["finetune"]
+        return asked(
+            MeasureConfig.model_validate(recorded["measure"]), tuned and FinetuneConfig.model_validate(tuned)
+        )
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:
