@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from iwm_ray import summary
-from iwm_ray.build import build
+from iwm_ray.build import build, cache_folder
 from iwm_ray.config import Config
 from iwm_ray.driver import TRACKER_STATUS
 from iwm_ray.errors import RunError, UsageError
@@ -107,11 +107,24 @@ def finetune_predictor(job: Job, config: FinetuneConfig) -> None:
     finetune(Experiment.open(trained, config, None, CachedTokens(trained, config)))
 
 
+def check_finetuning(config: FinetuneConfig, run: Config) -> None:
+    """Opens, before anything is trained, the data that a trial of this configuration will be tuned on.
+
+    Raises:
+        UsageError: there is none, or it has no labels.
+    """
+    from iwm_ray.finetuning.data import open_tasks
+
+    open_tasks(_on_own_data(config, run), run, cache_folder(run))
+
+
 def _on_own_data(config: FinetuneConfig, run: Config) -> FinetuneConfig:
     if config.data.path:
         return config
     if not run.data.test_path:
-        raise UsageError("data.test_path is empty; predictor finetuning needs test images of its own")
+        raise UsageError(
+            "data.test_path: empty; finetuning needs test images of its own; give --data.test-path"
+        )
     data = {"path": (run.data.path,), "test_path": (run.data.test_path,)}
     columns = {"image_column": run.data.image_column, "label_column": run.data.label_column}
     names = ("use_gpu", "cpus_per_worker", "threads_per_worker", "data_cpus")
