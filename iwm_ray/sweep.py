@@ -368,7 +368,7 @@ def run(plan: Plan, debug: bool = False) -> None:
     stop = Stop(run_directory)
     with run_directory.lock():
         run_directory.stop_request.unlink(missing_ok=True)
-        directory.plan(sweep, plan.trials)
+        directory.plan(sweep, plan.trials, plan.search)
         with _parent(plan) as tags:
             tune.connect(plan.left[0].config, plan.room, debug)
             jobs = [Job(sweep, trial, directory, tags) for trial in plan.left]

@@ -11,7 +11,7 @@ from iwm_ray.config import Config, TrackingConfig
 from iwm_ray.errors import UsageError
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.runtime import tracking
-from iwm_ray.sweeping.record import SweepDirectory
+from iwm_ray.sweeping.record import SweepDirectory, planned
 from iwm_ray.sweeping.report import Report
 from iwm_ray.sweeping.results import BEGUN, NOT_FINISHED, Result, in_grid_order, named_points
 
@@ -61,6 +61,7 @@ def read_report(where: str, usual: TrackingConfig, folder: Path | None) -> Repor
         definition.get("question", ""),
         in_grid_order(results, definition.get("trials", {})),
         _json(client, parent, "report/failures.json"),
+        planned(definition),
     )
     for group in named_points(report.groups).values():
         _fetch_picture(client, by_hash[group.results[0].path.name], group.results[0].path)

@@ -1,6 +1,6 @@
 """What a sweep leaves on disk. These files are its only record: whoever starts it again reads them, and nothing of Ray's.
 
-SWEEP/sweep.json         question, axes, every trial that was ever planned: hash -> point
+SWEEP/sweep.json         question, axes, search, every trial that was ever planned: hash -> point
 SWEEP/trials/HASH/       the run directory of a trial
 SWEEP/trials/HASH/trial.json   written when all that was asked of it is done
 SWEEP/failures/HASH.json       a trial that failed: its point, reason, attempts
@@ -50,8 +50,8 @@ class SweepDirectory:
         return sorted(path.parent for path in (self.path / "trials").glob("*/config.json"))
 
     def points(self) -> dict[str, Point]:
-        """Hash -> point of all trials that were ever planned."""
-        return dict(_read(self.definition).get("trials", {}))
+        """Hash -> point of all trials that were ever planned; of a search that chooses on its way, of all it may choose."""
+        return dict(read_json(self.definition).get("trials", {}))
 
     def refuse_other(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
         """Checks that trials differ from those of the record in their axes alone: else the report would take different
@@ -61,7 +61,7 @@ class SweepDirectory:
             UsageError: another setting differs.
         """
         varied = {name for axis in sweep.axes for settings in axis.values.values() for name in settings}
-        if base := _read(self.definition).get("base"):
+        if base := read_json(self.definition).get("base"):
             self._refuse_difference(base, sweep.base, varied)
         known = {frozenset(point.items()): name for name, point in self.points().items()}
         for trial in trials:
@@ -92,8 +92,8 @@ class SweepDirectory:
                     "choose another --output"
                 )
 
-    def plan(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
-        """Adds trials to the record; those of an earlier, smaller grid stay."""
+    def plan(self, sweep: Sweep, trials: Sequence[Trial], search: str = "grid") -> None:
+        """Adds trials to the record, and how they are chosen; those of an earlier, smaller grid stay."""
         write_json(
             self.definition,
             {
@@ -101,6 +101,7 @@ class SweepDirectory:
                 "question": sweep.question,
                 "axes": {axis.name: list(axis.values) for axis in sweep.axes},
                 "base": sweep.base.model_dump(mode="json"),
+                "search": search,
                 "trials": self.points() | {trial.hash: trial.point for trial in trials},
             },
         )
@@ -122,6 +123,10 @@ class SweepDirectory:
         if self._failure(trial.hash).exists():
             return "failed"
         return "begun" if run.config.exists() else "new"
+
+    def is_done(self, trial_hash: str) -> bool:
+        """Whether all that was asked of a trial has been done."""
+        return _read(self.run(trial_hash).path / DONE).get("status") == "finished"
 
     def training(self, trial_hash: str) -> str:
         """How a trial's training ended: finished, stopped, failed; empty where it has not."""
@@ -174,6 +179,32 @@ def _filled(recorded: Any) -> dict[str, Any] | None:
             MeasureConfig.model_validate(recorded["measure"]), tuned and FinetuneConfig.model_validate(tuned)
         )
     return None
+
+
+def planned(record: dict[str, Any]) -> dict[str, Point]:
+    """Hash -> point of the trials of a sweep.json that are to be run, whether they have begun or not; none where the search
+    chooses on its way."""
+    return {} if record.get("search") == "optuna" else dict(record.get("trials", {}))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file.
+
+    Raises:
+        UsageError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); {_MEND}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: holds no JSON object; {_MEND}")
+    return found
+
+
+_MEND = "remove it, and the sweep's command writes it again"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -84,8 +84,7 @@ class Trial:
     @property
     def short_title(self) -> str:
         """`none, depth 4, seed 1`: fits a column of a table."""
-        named = zip(short_names(self.point).values(), self.point.values(), strict=True)
-        return ", ".join(value if value.isalpha() else f"{name} {value}" for name, value in named)
+        return short_words(self.point)
 
 
 @dataclass(frozen=True)
@@ -185,6 +184,13 @@ def choose(trials: Sequence[Trial], count: int, seed: int) -> list[Trial]:
 def words(point: Mapping[str, str]) -> str:
     """`predictor.depth=4 seed=1`"""
     return " ".join(f"{axis}={value}" for axis, value in point.items()) or "the only configuration"
+
+
+def short_words(point: Mapping[str, str]) -> str:
+    """`none, depth 4, seed 1`"""
+    named = zip(short_names(point).values(), point.values(), strict=True)
+    shown = (value if value.isalpha() else f"{name} {value}" for name, value in named)
+    return ", ".join(shown) or "the only configuration"
 
 
 def short_names(axes: Iterable[str]) -> dict[str, str]:

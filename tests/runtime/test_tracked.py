@@ -70,6 +70,7 @@ def swept(tmp_path_factory) -> tuple[SweepDirectory, Sweep]:
             if number == 11:
                 continue
             write_json(run.summary, ended | {"metrics": figures(number)})
+            directory.note_done(sweep, trial, {})
             tracker.log_tags(summary.tags(ended))
             (run.pictures / "retrieval.png").write_bytes(PICTURE + bytes([number]))
             tracker.log_picture(run.pictures / "retrieval.png")
