@@ -291,7 +291,7 @@ def _asha(metric: str, config: Config, steps: int) -> "Asha":
     from iwm_ray.runtime.tune import Asha
 
     every = config.monitor.every_steps or max(1, steps // 10)
-    if 2 * every >= steps:
+    if 2 * every > steps:
         raise UsageError(
             f"--asha {metric}: compares from step {2 * every} on, the second reading of the monitors, and a training has "
             f"{steps} steps; set --monitor.every-steps to {max(1, steps // 10)}"
@@ -302,14 +302,16 @@ def _asha(metric: str, config: Config, steps: int) -> "Asha":
 def plan_lines(plan: Plan) -> list[str]:
     """What is printed before anything starts."""
     sweep, tuned = plan.sweep, plan.sweep.finetune
+    trained = sum(plan.directory.training(trial.hash) == "finished" for trial in plan.left)
     lines = [
         f"sweep {sweep.name}: {plan.directory.path}",
         f"  question   {sweep.question}",
         *(f"  axis       {axis.name}: {', '.join(axis.values)}" for axis in sweep.axes),
         f"  trials     {len(plan.trials)}, {len(plan.trials) - len(plan.left)} of them done"
+        + (f", {trained} more trained" if trained else "")
         + (f"; {plan.search} chooses {plan.num_samples}" if plan.num_samples else ""),
         f"  measured   {' '.join(sweep.measure.tasks)}"
-        + (f", predictor finetuning with its control, {len(tuned.seeds)} seeds" if tuned else ""),
+        + (f"; finetuned: {' '.join(tuned.tune)}, with controls, {len(tuned.seeds)} seeds" if tuned else ""),
         f"  resources  {plan.room.line}",
         f"  time       {plan.time}",
     ]

@@ -1,4 +1,4 @@
-"""One trial of a sweep, wherever it runs: pretraining, measurements, predictor finetuning with its control.
+"""One trial of a sweep, wherever it runs: pretraining, measurements, finetuning with its controls.
 
 Each part goes on where an earlier attempt left it, and costs nothing where it is done.
 """
@@ -50,7 +50,7 @@ def run_trial(job: Job) -> None:
     seconds["evaluate"] = time.monotonic() - begin
     if job.sweep.finetune is not None:
         begin = time.monotonic()
-        finetune_predictor(job, job.sweep.finetune)
+        finetune_trial(job, job.sweep.finetune)
         seconds["finetune"] = time.monotonic() - begin
     # A later attempt has done only the rest: its seconds are not those of the trial.
     known = {name: round(value, 2) for name, value in seconds.items()} if is_first else {}
@@ -96,8 +96,8 @@ def evaluate(job: Job) -> bool:
     return not job.run.stop_request.exists()
 
 
-def finetune_predictor(job: Job, config: FinetuneConfig) -> None:
-    """Tunes the predictor and its control; the figures join the run's."""
+def finetune_trial(job: Job, config: FinetuneConfig) -> None:
+    """Tunes what is asked for, with controls; the figures join the run's."""
     from iwm_ray.finetune import finetune
     from iwm_ray.finetuning.experiment import Experiment
     from iwm_ray.tuning_driver import CachedTokens

@@ -91,7 +91,7 @@ def test_a_finetuning_without_its_data_is_refused_before_anything_is_trained(pla
         (["--at-once", "-1"], "--at-once -1: needs 0 or more"),
         (["--asha", "mrr/mrr"], "--asha mrr/mrr: no metric that a training writes .* monitor/knn_top1"),
         (["--asha", "monitor/rankme", "--smoke"], "from step 200 on.* has 12 steps; set --monitor.every-steps to 1"),
-        (["--asha", "monitor/rankme", "--monitor.every-steps", "250"], "from step 500 on.* has 500 steps"),
+        (["--asha", "monitor/rankme", "--monitor.every-steps", "251"], "from step 502 on.* has 500 steps"),
     ],
 )  # fmt: skip
 def test_a_search_that_cannot_run_is_refused_in_one_line(plan, words, said):

@@ -268,7 +268,7 @@ def _room(
         gaps = np.maximum(0, np.maximum(low - taken, taken - high))
         room = min(_CLEARANCE, float(np.hypot(*gaps.T).min())) - distance / 1000
         line = here + tried * np.linspace(0, 1, 30)[:, None]
-        room -= bool((np.hypot(*(line[:, None] - others).T) < _CLEARANCE).any())
+        room -= float((np.hypot(*(line[:, None] - others).T) < _CLEARANCE).mean())
         if room > best:
             best, offset = room, tried
     return offset

@@ -14,6 +14,8 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 from scipy.stats import spearmanr, t
 
@@ -24,11 +26,13 @@ from iwm_ray.sweeping import words
 from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.report import Report, _measured
 from iwm_ray.sweeping.results import (
+    BOTH,
     FEWEST,
     GAIN,
     KNN,
     LINEAR,
     MRR,
+    TUNED,
     Configuration,
     Result,
     configurations,
@@ -296,6 +300,41 @@ def test_the_dials_command_is_the_configuration_and_says_where_it_ends(folder):
     tree["data"] |= {"path": "my photos/of a 'cat'", "test_path": ""}
     command = pretrain_command(validate(tree))
     assert parse_pretrain(shlex.split(command)[3:])[0].config.hash() == validate(tree).hash()
+
+
+def test_every_finetuning_is_on_the_map_and_among_the_effects(folder):
+    for trial in SWEEP.trials():
+        change(folder, trial, **{"finetune/a/top1": 0.3, "finetune/a/both/top1": 0.4})
+    report = Report.open(folder)
+    shown = [each.title for each in _measured(report.groups, FEWEST)]
+    assert shown == [LINEAR.title, GAIN.title, TUNED.title, BOTH.title]
+    figures = report._figures()
+    assert [axes.get_title(loc="left") for axes in figures["map"].axes] == shown
+    rows = [axes.get_ylabel() for axes in figures["effects"].axes if axes.get_ylabel()]
+    assert rows == [
+        "MRR",
+        "Linear probe, %",
+        "Tuned − random, points",
+        "Predictor finetuned, %",
+        "End to end, %",
+    ]
+
+
+def test_the_names_of_both_ends_are_written_on_nothing(folder):
+    """Neither on a mark nor on each other, inside the panel."""
+    figure = Report.open(folder)._figures()["map"]
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        names = [text for text in axes.texts if text.get_text() in ("invariant", "equivariant")]
+        assert len(names) == 2
+        boxes = [Text.get_window_extent(text) for text in names]
+        marks = [
+            axes.transData.transform(line.get_xydata()) for line in axes.lines if line.get_marker() in "os"
+        ]
+        assert not boxes[0].overlaps(boxes[1])
+        for box in boxes:
+            assert axes.get_window_extent().containsx(box.x0) and axes.get_window_extent().containsx(box.x1)
+            assert not any(box.contains(*place) for mark in marks for place in mark)
 
 
 def test_outcomes_of_few_configurations_are_not_drawn(folder):
