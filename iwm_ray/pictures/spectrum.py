@@ -260,7 +260,7 @@ def _room(
     """
     best, offset = -np.inf, np.zeros(2)
     # Not straight along the whiskers, where the line would not be seen.
-    for distance, angle in product((14, 24, 36, 50, 70), (np.arange(24) + 0.5) * np.pi / 12):
+    for distance, angle in product(range(14, 80, 6), (np.arange(48) + 0.5) * np.pi / 24):
         tried = (distance + size / 2) * (np.cos(angle), np.sin(angle))
         low, high = here + tried - size / 2, here + tried + size / 2
         if (low < frame[0]).any() or (high > frame[1]).any():
@@ -268,7 +268,8 @@ def _room(
         gaps = np.maximum(0, np.maximum(low - taken, taken - high))
         room = min(_CLEARANCE, float(np.hypot(*gaps.T).min())) - distance / 1000
         line = here + tried * np.linspace(0, 1, 30)[:, None]
-        room -= float((np.hypot(*(line[:, None] - others).T) < _CLEARANCE).mean())
+        near = (np.hypot(*(line[:, None] - others).T) < _CLEARANCE).any(0)
+        room -= 0.5 * float(near.mean() * np.hypot(*tried))
         if room > best:
             best, offset = room, tried
     return offset
@@ -372,7 +373,7 @@ def heat_maps(
         axes.set_facecolor(PALE)
         for row, column in np.ndindex(*table.shape):
             value = table[row, column]
-            text = f"{value:.3f}" if np.isfinite(value) else "none"
+            text = f"{value:.3f}" if np.isfinite(value) else "–"
             dark = np.isfinite(value) and value < 0.55 * top
             axes.text(
                 column, row, text, ha="center", va="center", fontsize=TEXT, color="white" if dark else INK
