@@ -2,8 +2,9 @@
 
 The unit is the configuration: its seeds are repetitions. A figure of a configuration is the mean over its seeds. Its
 interval holds over seeds and test images: with three seeds or more it is theirs (Student's t), but never narrower than
-that over test images alone (the mean of the seeds' intervals). MRR asks each seed about test images of its own choice;
-probes and finetuning judge all seeds by the same ones, whose chance the seeds' spread does not hold.
+that over test images alone (the mean of the seeds' intervals). Where a measurement takes a part of the images (MRR),
+each seed chooses its own; where it takes all of them (probes, unless told otherwise), and in finetuning, every seed is
+judged by the same ones, whose chance the seeds' spread does not hold.
 """
 
 import math
