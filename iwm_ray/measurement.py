@@ -62,6 +62,7 @@ ShowProgress = Callable[[str, str], Progress]
 
 TRAINED, UNTRAINED = "trained", "untrained"
 _IMAGES_AT_ONCE = 4  # banks of one part
+_NUM_TRIED = 16  # images of each set that are read before anything begins
 _HELD_OUT = 5  # one in five images of each class, where there are no test images
 # Its number goes up when the same settings would give other figures, so that no kept result is taken.
 VERSION = f"1 of {CLEAN_VIEW}"
@@ -149,9 +150,10 @@ class Measurement:
         """Finds what would make a task fail, before hours have gone into the ones ahead of it.
 
         Raises:
-            UsageError: no labels, one class, too few images, no such layer, views that don't differ, tasks that the
-                model can't do.
+            UsageError: images that can't be read, no labels, one class, too few images, no such layer, views that don't
+                differ, tasks that the model can't do.
         """
+        self._check_readable()
         if self.test is not None and content_hash(self.test) == content_hash(self.train):
             raise UsageError("data.test_path: the same images as data.path; give others, or leave it out")
         if self.trained.config.predictor.target == "pixels":
@@ -175,6 +177,28 @@ class Measurement:
                 "measure.tasks mrr: this run has no colour jitter, all views are equal; leave mrr out"
             )
 
+    def _check_readable(self) -> None:
+        """Some images of each set: where none of a few can be read, the rest is hardly better."""
+        for index, setting in ((self.train, "data.path"), (self.test, "data.test_path")):
+            if index is None:
+                continue
+            tried = choose(self.trained.config.seed, index, min(_NUM_TRIED, len(index)), "tried")
+            faults = [reason for data in Reader(index).read_many(tried) if (reason := self._fault(data))]
+            if len(faults) == len(tried):
+                raise UsageError(
+                    f"{setting}: none of {len(tried)} images tried can be read ({faults[0]}); give other images"
+                )
+
+    def _fault(self, data: bytes | Undecodable) -> str:
+        """Why an image can't be decoded; empty where it can."""
+        try:
+            if isinstance(data, Undecodable):
+                raise data
+            decode(data, self.limits)
+        except Undecodable as fault:
+            return fault.reason
+        return ""
+
     def _check_classes(self) -> None:
         for index, setting in ((self.train, "data.path"), (self.test or self.train, "data.test_path")):
             if not (index.labels >= 0).any():
@@ -184,7 +208,12 @@ class Measurement:
                 )
         if len(np.unique(self.train.labels[self.train.labels >= 0])) < 2:
             raise UsageError("data.path: all images are of one class; probes need two or more")
-        learned_from, _ = self._samples
+        learned_from, tested_on = self._samples
+        if not len(tested_on):
+            raise UsageError(
+                f"data.path: one image in {_HELD_OUT} of each class is held out for the test, and no class has as many; "
+                "give more images, or --data.test-path"
+            )
         labelled, classes = (self.train.labels[learned_from] >= 0).sum(), len(self.train.class_names)
         if labelled < classes:
             raise UsageError(

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -192,6 +193,25 @@ def test_unlabelled_images_are_noticed_before_anything_is_measured(run, evaluate
     code, printed = evaluate(run, data__path=folder, measure__images=12)
     assert code == 2
     assert "no image has a label" in printed.err
+
+
+def test_images_that_cannot_be_used_are_noticed_before_anything_is_measured(run, evaluate, tmp_path):
+    import cv2
+
+    def photos(name: str, classes: int, size: int) -> Path:
+        for number in range(classes):
+            folder = tmp_path / name / f"class {number}"
+            folder.mkdir(parents=True)
+            image = np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
+            cv2.imwrite(str(folder / "0.png"), image)
+        return tmp_path / name
+
+    code, printed = evaluate(run, "--tasks", "knn", data__path=photos("tiny", 6, 4))
+    assert code == 2
+    assert "none of 6 images tried can be read (4x4 pixels" in printed.err
+    code, printed = evaluate(run, "--tasks", "knn", data__path=photos("few", 6, 32))
+    assert code == 2
+    assert "one image in 5 of each class is held out" in printed.err
     assert len(printed.err.strip().splitlines()) == 1
     assert not (run / "evaluation").exists()
 
