@@ -72,7 +72,7 @@ class SweepDirectory:
     def _refuse_difference(
         self, recorded: dict[str, Any], config: Config, varied: set[str], title: str = "trials"
     ) -> None:
-        """Args: recorded: a configuration as an earlier command wrote it; empty: nothing was begun with it."""
+        """Compares with a configuration as an earlier command wrote it; where there is none, nothing was begun with it."""
         if not recorded:
             return
         try:
@@ -82,11 +82,8 @@ class SweepDirectory:
                 f"--output {self.path}: its trials are of a version with other settings; choose another --output"
             ) from None
         for name, value in config.flat().items():
-            if (
-                name not in varied
-                and not name.startswith(("runtime.", "tracking."))
-                and before[name] != value
-            ):
+            is_free = name in varied or name.startswith(("runtime.", "tracking."))
+            if before[name] != value and not is_free:
                 raise UsageError(
                     f"--output {self.path}: its {title} have {name} {before[name]!r}, these {value!r}; "
                     "choose another --output"
