@@ -37,7 +37,10 @@ Define = Callable[[Size], Sweep]
 
 _TRACKING_SECONDS = 60.0
 _PARENT_SECONDS = 20.0  # a store that is away: the children then stand alone
-_MINIMISED = ("train/loss", "monitor/loss")
+_JUDGED = {"monitor/loss": "min", "train/loss": "min"} | {
+    f"monitor/{name}": "max" for name in ("knn_top1", "rankme", "lidar", "action_gap", "cosine", "target_std")
+}
+"""metric that a training writes on its way -> which end of it is good"""
 
 
 def main(define: Define, arguments: Sequence[str] | None = None) -> None:
@@ -214,14 +217,14 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
     from iwm_ray.sweep_cost import cost
 
     tracking.check_uri(sweep.base)
+    _check_search(options)
     if options.search == "optuna":
-        _check_optuna(options)
         sweep = sweep.with_seeds([sweep.trials()[0].config.seed])  # a seed is nothing to search for
     trials = sweep.trials()
-    if options.search != "grid" and not options.trials:
-        raise UsageError(f"--search {options.search}: needs --trials N, how many of the {len(trials)} points")
     if options.search == "random":
         trials = choose(trials, options.trials, sweep.base.seed)
+    directory.refuse_other(sweep, trials)
+    _check_finetuning(sweep, trials[0].config)
     left = [
         trial
         for trial in trials
@@ -230,11 +233,6 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
     room = tune.make_room(trials[0].config, options.gpus_per_trial, max(1, len(left)), options.at_once)
     done = [trial for trial in trials if trial not in left]
     work = cost(sweep, left or trials[:1], done, directory)
-    asha = None
-    if options.asha:
-        every = trials[0].config.monitor.every_steps or max(1, work.steps // 10)
-        mode = "min" if options.asha in _MINIMISED else "max"
-        asha = tune.Asha(options.asha, mode, work.steps, max(1, 2 * every))
     num_samples = 0
     if options.search == "optuna":
         num_samples = max(0, min(options.trials - (len(trials) - len(left)), len(left)))
@@ -246,31 +244,74 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         left,
         options.search,
         num_samples,
-        asha,
+        _asha(options.asha, trials[0].config, work.steps) if options.asha else None,
         options.max_failures,
         room,
         work.line(trials[0].config, room.at_once),
     )
 
 
-def _check_optuna(options: argparse.Namespace) -> None:
+def _check_search(options: argparse.Namespace) -> None:
+    for name, least in (("trials", 1), ("max_failures", 0), ("at_once", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: needs {least} or more")
+    if options.search == "grid" and options.trials:
+        raise UsageError(
+            f"--trials {options.trials}: a grid runs every point; add --search random or optuna, or drop it"
+        )
+    if options.search != "grid" and not options.trials:
+        raise UsageError(f"--search {options.search}: needs --trials N, how many of the points")
+    if options.asha and options.asha not in _JUDGED:
+        raise UsageError(
+            f"--asha {options.asha}: no metric that a training writes on its way; give one of {', '.join(_JUDGED)}"
+        )
+    if options.search != "optuna":
+        return
     if importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna: optuna is not installed; pip install 'iwm_ray[sweep]'")
     if options.asha:
         raise UsageError("--search optuna has two goals, and --asha follows one metric; drop one of them")
 
 
+def _check_finetuning(sweep: Sweep, config: Config) -> None:
+    """A trial must not train for hours before it is found that nothing can be tuned."""
+    from iwm_ray.trial import check_finetuning
+
+    if sweep.finetune is None:
+        return
+    try:
+        check_finetuning(sweep.finetune, config)
+    except UsageError as error:
+        raise UsageError(f"{error}; or leave finetuning out by --no-finetune") from None
+
+
+def _asha(metric: str, config: Config, steps: int) -> "Asha":
+    """Trials are compared from the second reading of the monitors on."""
+    from iwm_ray.runtime.tune import Asha
+
+    every = config.monitor.every_steps or max(1, steps // 10)
+    if 2 * every > steps:
+        raise UsageError(
+            f"--asha {metric}: compares from step {2 * every} on, the second reading of the monitors, and a training has "
+            f"{steps} steps; set --monitor.every-steps to {max(1, steps // 10)}"
+        )
+    return Asha(metric, _JUDGED[metric], steps, 2 * every)
+
+
 def plan_lines(plan: Plan) -> list[str]:
     """What is printed before anything starts."""
     sweep, tuned = plan.sweep, plan.sweep.finetune
+    trained = sum(plan.directory.training(trial.hash) == "finished" for trial in plan.left)
     lines = [
         f"sweep {sweep.name}: {plan.directory.path}",
         f"  question   {sweep.question}",
         *(f"  axis       {axis.name}: {', '.join(axis.values)}" for axis in sweep.axes),
         f"  trials     {len(plan.trials)}, {len(plan.trials) - len(plan.left)} of them done"
+        + (f", {trained} more trained" if trained else "")
         + (f"; {plan.search} chooses {plan.num_samples}" if plan.num_samples else ""),
         f"  measured   {' '.join(sweep.measure.tasks)}"
-        + (f", predictor finetuning with its control, {len(tuned.seeds)} seeds" if tuned else ""),
+        + (f"; finetuned: {' '.join(tuned.tune)}, with controls, {len(tuned.seeds)} seeds" if tuned else ""),
         f"  resources  {plan.room.line}",
         f"  time       {plan.time}",
     ]
@@ -329,7 +370,7 @@ def run(plan: Plan, debug: bool = False) -> None:
     stop = Stop(run_directory)
     with run_directory.lock():
         run_directory.stop_request.unlink(missing_ok=True)
-        directory.plan(sweep, plan.trials)
+        directory.plan(sweep, plan.trials, plan.search)
         with _parent(plan) as tags:
             tune.connect(plan.left[0].config, plan.room, debug)
             jobs = [Job(sweep, trial, directory, tags) for trial in plan.left]

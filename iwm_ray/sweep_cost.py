@@ -90,7 +90,11 @@ def cost(sweep: Sweep, left: Sequence[Trial], done: Sequence[Trial], directory: 
         if spent:
             rates[part] = sum(work(trial)[0][part] for trial, _ in timed) / spent
     steps = work((list(left) or list(done))[0])[1]
-    total = {part: sum(work(trial)[0][part] for trial in left) for part in PARTS}
+    trained = {trial.hash for trial in left if directory.training(trial.hash) == "finished"}
+    total = {
+        part: sum(work(trial)[0][part] for trial in left if part != "train" or trial.hash not in trained)
+        for part in PARTS
+    }
     return Cost(total, steps, len(timed), rates)
 
 

@@ -1,4 +1,4 @@
-"""One trial of a sweep, wherever it runs: pretraining, measurements, predictor finetuning with its control.
+"""One trial of a sweep, wherever it runs: pretraining, measurements, finetuning with its controls.
 
 Each part goes on where an earlier attempt left it, and costs nothing where it is done.
 """
@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from iwm_ray import summary
-from iwm_ray.build import build
+from iwm_ray.build import build, cache_folder
 from iwm_ray.config import Config
 from iwm_ray.driver import TRACKER_STATUS
 from iwm_ray.errors import RunError, UsageError
@@ -50,7 +50,7 @@ def run_trial(job: Job) -> None:
     seconds["evaluate"] = time.monotonic() - begin
     if job.sweep.finetune is not None:
         begin = time.monotonic()
-        finetune_predictor(job, job.sweep.finetune)
+        finetune_trial(job, job.sweep.finetune)
         seconds["finetune"] = time.monotonic() - begin
     # A later attempt has done only the rest: its seconds are not those of the trial.
     known = {name: round(value, 2) for name, value in seconds.items()} if is_first else {}
@@ -96,8 +96,8 @@ def evaluate(job: Job) -> bool:
     return not job.run.stop_request.exists()
 
 
-def finetune_predictor(job: Job, config: FinetuneConfig) -> None:
-    """Tunes the predictor and its control; the figures join the run's."""
+def finetune_trial(job: Job, config: FinetuneConfig) -> None:
+    """Tunes what is asked for, with controls; the figures join the run's."""
     from iwm_ray.finetune import finetune
     from iwm_ray.finetuning.experiment import Experiment
     from iwm_ray.tuning_driver import CachedTokens
@@ -107,11 +107,24 @@ def finetune_predictor(job: Job, config: FinetuneConfig) -> None:
     finetune(Experiment.open(trained, config, None, CachedTokens(trained, config)))
 
 
+def check_finetuning(config: FinetuneConfig, run: Config) -> None:
+    """Opens, before anything is trained, the data that a trial of this configuration will be tuned on.
+
+    Raises:
+        UsageError: there is none, or it has no labels.
+    """
+    from iwm_ray.finetuning.data import open_tasks
+
+    open_tasks(_on_own_data(config, run), run, cache_folder(run))
+
+
 def _on_own_data(config: FinetuneConfig, run: Config) -> FinetuneConfig:
     if config.data.path:
         return config
     if not run.data.test_path:
-        raise UsageError("data.test_path is empty; predictor finetuning needs test images of its own")
+        raise UsageError(
+            "data.test_path: empty; finetuning needs test images of its own; give --data.test-path"
+        )
     data = {"path": (run.data.path,), "test_path": (run.data.test_path,)}
     columns = {"image_column": run.data.image_column, "label_column": run.data.label_column}
     names = ("use_gpu", "cpus_per_worker", "threads_per_worker", "data_cpus")

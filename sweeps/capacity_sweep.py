@@ -14,6 +14,7 @@ that is larger than what seeds differ by speaks for the paper; a smooth rise, or
     python sweeps/capacity_sweep.py --report runs/sweeps/capacity-cifar10
 
 Cost: 27 trials; --dry-run says how long training, measuring and finetuning take on the machine at hand.
+Predictor and whole are finetuned (--finetune.tune predictor: the predictor alone).
 Last result: not run as a whole yet. Depth 2 against 4 in a first small map: no effect (0.003; docs/log.md, 2026-11-22).
 """
 

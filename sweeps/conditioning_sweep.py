@@ -14,6 +14,7 @@ spread over at least 3 seeds; an order among them only where it is larger than t
     python sweeps/conditioning_sweep.py --report runs/sweeps/conditioning-cifar10
 
 Cost: 12 trials; --dry-run says how long training, measuring and finetuning take on the machine at hand.
+Predictor and whole are finetuned (--finetune.tune predictor: the predictor alone).
 Last result: CIFAR-10, 3600 steps on 2 CPU cores, one seed: none 0.026 (chance 0.024), sequence 0.296, feature 0.373,
 adaln 0.421; more seeds are to come (docs/log.md, 2026-11-22).
 """

@@ -6,8 +6,9 @@ settings move a model along that line?
 Space: conditioning x predictor depth x jitter strength (the paper's, and METHOD's strong one) x seeds, seed by seed.
 
 What would count as an answer: MRR from chance to as high as it goes, on at least 12 configurations with 3 seeds; the
-rank correlation of MRR with the linear probe, the attentive probe and the gain of predictor finetuning over its
-control, with intervals (paper, IWM section 5: -0.85 for the linear probe, +0.93 for predictor finetuning).
+rank correlation of MRR with the linear probe, the attentive probe, the gain of predictor finetuning over its control,
+and end-to-end finetuning, with intervals (paper, IWM section 5: -0.85 for the linear probe, +0.93 for predictor
+finetuning).
 
     python sweeps/spectrum.py                                           photographs, a first look
     python sweeps/spectrum.py --size cifar10 --data.path train.parquet --data.test-path test.parquet
@@ -16,7 +17,8 @@ control, with intervals (paper, IWM section 5: -0.85 for the linear probe, +0.93
     python sweeps/spectrum.py --report spectrum --tracking.uri http://mlflow:5000     or from MLflow alone
     python sweeps/spectrum.py --report runs/sweeps/spectrum-cifar10 --want-mrr 0.5
 
-Cost: 36 trials; --dry-run says how long training, measuring and finetuning take on the machine at hand.
+Cost: 36 trials; --dry-run says how long training, measuring and finetuning take on the machine at hand. End-to-end
+finetuning is the dearer half of the finetuning; --finetune.tune predictor leaves it out, as the last result did.
 Last result: CIFAR-10, 36 trials of 1200 steps on 2 CPU cores: none at chance (0.023), all others above (0.063 to 0.107,
 more with strong jitter); too short for a relation: MRR with linear -0.01 (-0.63 to +0.55), with finetuned -0.03
 (docs/log.md, 2026-11-22).

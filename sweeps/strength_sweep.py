@@ -14,6 +14,7 @@ destructive transforms. Each model is asked about actions of its own strength, s
     python sweeps/strength_sweep.py --report runs/sweeps/strength-cifar10
 
 Cost: 18 trials; --dry-run says how long training, measuring and finetuning take on the machine at hand.
+Predictor and whole are finetuned (--finetune.tune predictor: the predictor alone).
 Last result: not run yet.
 """
 

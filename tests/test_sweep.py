@@ -4,7 +4,8 @@ import pytest
 
 from iwm_ray.errors import UsageError
 from iwm_ray.finetuning.settings import FinetuneConfig
-from iwm_ray.sweep import _parser, read_sweep
+from iwm_ray.sweep import Plan, _parser, make_plan, read_sweep
+from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.space import Axis, Sweep, base
 
 
@@ -54,3 +55,59 @@ def test_wrong_values_are_named():
         read("--finetune.epochs", "-1")
     with pytest.raises(UsageError, match="seeds 1 1"):
         read("--finetune.seeds", "1", "1")
+
+
+@pytest.fixture
+def plan(tmp_path, photo_cache):
+    """`plan(*words)`: what the dry run of a sweep of photographs checks."""
+
+    def made(*words: str) -> Plan:
+        options = _parser("?").parse(["--runtime.cache", str(photo_cache), "--tracking.uri", "none", *words])
+        return make_plan(read_sweep(define, options), SweepDirectory(tmp_path), options)
+
+    return made
+
+
+def test_a_finetuning_without_its_data_is_refused_before_anything_is_trained(plan):
+    tuned = ("--finetune.tune", "predictor")
+    assert len(plan(*tuned).left) == 2
+    with pytest.raises(
+        UsageError, match=r"data.test_path: empty.* give --data.test-path; or .* --no-finetune"
+    ):
+        plan(*tuned, "--data.test-path", "")
+    with pytest.raises(UsageError, match="holds the training images"):
+        plan(*tuned, "--data.test-path", "photos_tiny")
+    assert len(plan("--data.test-path", "").left) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trials", "1"], "--trials 1: a grid runs every point; add --search random"),
+        (["--search", "random"], "--search random: needs --trials N"),
+        (["--search", "random", "--trials", "0"], "--trials 0: needs 1 or more"),
+        (["--search", "random", "--trials", "-2"], "--trials -2: needs 1 or more"),
+        (["--max-failures", "-1"], "--max-failures -1: needs 0 or more"),
+        (["--at-once", "-1"], "--at-once -1: needs 0 or more"),
+        (["--asha", "mrr/mrr"], "--asha mrr/mrr: no metric that a training writes .* monitor/knn_top1"),
+        (["--asha", "monitor/rankme", "--smoke"], "from step 200 on.* has 12 steps; set --monitor.every-steps to 1"),
+        (["--asha", "monitor/rankme", "--monitor.every-steps", "251"], "from step 502 on.* has 500 steps"),
+    ],
+)  # fmt: skip
+def test_a_search_that_cannot_run_is_refused_in_one_line(plan, words, said):
+    with pytest.raises(UsageError, match=said) as error:
+        plan(*words)
+    assert "\n" not in str(error.value)
+
+
+def test_asha_compares_from_the_second_reading_on(plan):
+    asha = plan("--asha", "monitor/loss").asha
+    assert (asha.mode, asha.grace_steps, asha.total_steps) == ("min", 200, 500)
+    asha.scheduler()
+
+
+def test_the_folder_of_other_settings_is_refused(plan, tmp_path):
+    found = plan("--schedule.steps", "100")
+    SweepDirectory(tmp_path).plan(found.sweep, found.trials)
+    with pytest.raises(UsageError, match="its trials have schedule.steps 100, these 500"):
+        plan()

@@ -98,6 +98,16 @@ def test_the_pace_of_finished_trials_is_taken(sweep, tmp_path):
     assert found.line(sweep.base, 2).startswith("1 min 15 s")
 
 
+def test_what_is_trained_is_not_trained_again(sweep, tmp_path):
+    """A trial of which more is asked now than it was: only that is left."""
+    directory, trials = SweepDirectory(tmp_path), sweep.trials()
+    both = cost(sweep, trials[:2], [], directory).left
+    directory.run(trials[0].hash).path.mkdir(parents=True)
+    write_json(directory.run(trials[0].hash).summary, {"status": "finished"})
+    left = cost(sweep, trials[:2], [], directory).left
+    assert left == {**both, "train": both["train"] / 2}
+
+
 def test_a_gpu_is_counted_in_hours():
     config = Config.model_validate({"recipe": "x", "runtime": {"use_gpu": True}})
     left = {"train": 3600e15, "evaluate": 1800e15, "finetune": 0.0}

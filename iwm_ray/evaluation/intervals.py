@@ -96,11 +96,16 @@ def seeds_interval(values: NDArray[np.floating], lowest: float = 0.0) -> Interva
     return over_images.over_seeds(values.mean(1).tolist(), lowest)
 
 
-def repetitions_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Ends of the 95 % interval (Student's t) of the mean of repetitions; NaN of fewer than two."""
+def repetitions_interval(values: Sequence[float], comparisons: int = 1) -> tuple[float, float]:
+    """Ends of the 95 % interval (Student's t) of the mean of repetitions; NaN of fewer than two.
+
+    Args:
+        values: of the repetitions.
+        comparisons: so many such intervals hold at once, 95 % of the time (Bonferroni).
+    """
     count = len(values)
     if count < 2:
         return np.nan, np.nan
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
-    half = float(stdtrit(count - 1, _ENDS[1])) * spread / count**0.5
+    half = float(stdtrit(count - 1, 1 - _ENDS[0] / comparisons)) * spread / count**0.5
     return mean - half, mean + half

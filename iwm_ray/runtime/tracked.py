@@ -11,7 +11,7 @@ from iwm_ray.config import Config, TrackingConfig
 from iwm_ray.errors import UsageError
 from iwm_ray.run_directory import RunDirectory
 from iwm_ray.runtime import tracking
-from iwm_ray.sweeping.record import SweepDirectory
+from iwm_ray.sweeping.record import SweepDirectory, planned
 from iwm_ray.sweeping.report import Report
 from iwm_ray.sweeping.results import BEGUN, NOT_FINISHED, Result, in_grid_order, named_points
 
@@ -23,8 +23,11 @@ _ALL = "attribute.start_time ASC"
 def read_report(where: str, usual: TrackingConfig, folder: Path | None) -> Report:
     """The report of the newest sweep of an experiment; of its runs, where it holds no sweep.
 
+    MLflow knows that a training has ended, not that all else which is asked of its trial is done.
+
     Args:
-        where: an experiment, or the URI of a store, or the id of a sweep's MLflow run.
+        where: an experiment, or the URI of a store, or the id of a sweep's MLflow run, or the name of a sweep, of which the
+            newest is taken.
         usual: the store and the experiment where `where` does not name them.
         folder: where the report is to be written; None: `runs/sweeps/<experiment>-mlflow`.
 
@@ -33,19 +36,24 @@ def read_report(where: str, usual: TrackingConfig, folder: Path | None) -> Repor
     """
     is_uri = "://" in where
     named = usual.model_copy(update={"uri": where} if is_uri else {"experiment": where})
-    client, uri = tracking.open_store(Config(recipe="report", tracking=named))
+    try:
+        client, uri = tracking.open_store(Config(recipe="report", tracking=named))
+    except UsageError as error:
+        if is_uri:
+            raise
+        raise UsageError(f"--report {where}: no such folder; {error}") from None
     experiment = client.get_experiment_by_name(named.experiment)
     parent = None
     if experiment is None and not is_uri:
-        parent = _run(client, where)
+        parent = _run(client, where) or _sweep_called(client, where)
         experiment = parent and client.get_experiment(parent.info.experiment_id)
     if experiment is None:
         names = ", ".join(each.name for each in client.search_experiments())
         raise UsageError(
-            f"--report {where}: neither a folder nor an experiment of {uri}; give one of them, or the store's URI with "
-            f"--tracking.experiment: {names}"
+            f"--report {where}: neither a folder nor a sweep or experiment of {uri}; give one of them, or the store's URI "
+            f"with --tracking.experiment: {names}"
         )
-    runs = list(_runs(client, experiment.experiment_id))
+    runs = list(_runs(client, [experiment.experiment_id]))
     parent = parent or _newest_sweep(runs)
     parent_id = parent.info.run_id if parent else None
     trials = [run for run in runs if run.data.tags.get(_PARENT) == parent_id]
@@ -61,17 +69,18 @@ def read_report(where: str, usual: TrackingConfig, folder: Path | None) -> Repor
         definition.get("question", ""),
         in_grid_order(results, definition.get("trials", {})),
         _json(client, parent, "report/failures.json"),
+        planned(definition),
     )
     for group in named_points(report.groups).values():
         _fetch_picture(client, by_hash[group.results[0].path.name], group.results[0].path)
     return report
 
 
-def _runs(client: Any, experiment_id: str) -> Iterator[Any]:
-    """All runs of an experiment, the oldest first."""
+def _runs(client: Any, experiments: list[str], only: str = "") -> Iterator[Any]:
+    """All runs of some experiments, or those that a filter lets through, the oldest first."""
     token = None
     while True:
-        page = client.search_runs([experiment_id], max_results=1000, order_by=[_ALL], page_token=token)
+        page = client.search_runs(experiments, only, max_results=1000, order_by=[_ALL], page_token=token)
         yield from page
         token = page.token
         if not token:
@@ -86,6 +95,14 @@ def _run(client: Any, run_id: str) -> Any:
         return client.get_run(run_id)
     except MlflowException:
         return None
+
+
+def _sweep_called(client: Any, name: str) -> Any:
+    """The run of the newest sweep of this name, in whatever experiment; None where there is none."""
+    if "'" in name:  # no name of a sweep, and the end of a string in MLflow's filters
+        return None
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    return _newest_sweep(list(_runs(client, experiments, f"tags.`{_SWEEP}` = '{name}'")))
 
 
 def _newest_sweep(runs: list[Any]) -> Any:

@@ -402,9 +402,12 @@ class _Lines(Callback):
         self._pattern, self._count, self._say = pattern, count, say
         self._ended = 0
         self._began: dict[str, float] = {}
+        self._known: dict[str, int] = {}
+        """Tune's name of a trial -> failures of it that were noted before, by this command or an earlier one"""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._began[trial.trial_id] = time.monotonic()
+        self._known[trial.trial_id] = self._attempts(self._job(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         job = self._job(trial)
@@ -422,10 +425,14 @@ class _Lines(Callback):
 
     def _failure(self, trial: Any) -> str:
         job = self._job(trial)
-        if job.trial.hash not in job.directory.failures():
+        if self._attempts(job) == self._known.get(trial.trial_id, 0):
             lines = [line.strip() for line in str(trial.get_error() or "").splitlines() if line.strip()]
             job.directory.note_failure(job.trial, lines[-1] if lines else "its process died")
+        self._known[trial.trial_id] = self._attempts(job)
         return str(job.directory.failures()[job.trial.hash]["reason"])
+
+    def _attempts(self, job: Job) -> int:
+        return int(job.directory.failures().get(job.trial.hash, {}).get("attempts", 0))
 
     def _number(self) -> str:
         self._ended += 1

@@ -1,6 +1,6 @@
 """What a sweep leaves on disk. These files are its only record: whoever starts it again reads them, and nothing of Ray's.
 
-SWEEP/sweep.json         question, axes, every trial that was ever planned: hash -> point
+SWEEP/sweep.json         question, axes, search, every trial that was ever planned: hash -> point
 SWEEP/trials/HASH/       the run directory of a trial
 SWEEP/trials/HASH/trial.json   written when all that was asked of it is done
 SWEEP/failures/HASH.json       a trial that failed: its point, reason, attempts
@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from iwm_ray.config import Config
+from iwm_ray.errors import UsageError
+from iwm_ray.evaluation.settings import MeasureConfig
+from iwm_ray.finetuning.settings import FinetuneConfig
 from iwm_ray.run_directory import RunDirectory, write_json
 from iwm_ray.sweeping.space import Point, Sweep, Trial
 
@@ -44,11 +50,47 @@ class SweepDirectory:
         return sorted(path.parent for path in (self.path / "trials").glob("*/config.json"))
 
     def points(self) -> dict[str, Point]:
-        """Hash -> point of all trials that were ever planned."""
-        return dict(_read(self.definition).get("trials", {}))
+        """Hash -> point of all trials that were ever planned; of a search that chooses on its way, of all it may choose."""
+        return dict(read_json(self.definition).get("trials", {}))
 
-    def plan(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
-        """Adds trials to the record; those of an earlier, smaller grid stay."""
+    def refuse_other(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
+        """Checks that trials differ from those of the record in their axes alone: else the report would take different
+        trainings for repetitions of one configuration.
+
+        Raises:
+            UsageError: another setting differs.
+        """
+        varied = {name for axis in sweep.axes for settings in axis.values.values() for name in settings}
+        if base := read_json(self.definition).get("base"):
+            self._refuse_difference(base, sweep.base, varied)
+        known = {frozenset(point.items()): name for name, point in self.points().items()}
+        for trial in trials:
+            recorded = known.get(frozenset(trial.point.items()), trial.hash)
+            if recorded != trial.hash:
+                self._refuse_difference(_read(self.run(recorded).config), trial.config, set(), trial.title)
+
+    def _refuse_difference(
+        self, recorded: dict[str, Any], config: Config, varied: set[str], title: str = "trials"
+    ) -> None:
+        """Compares with a configuration as an earlier command wrote it; where there is none, nothing was begun with it."""
+        if not recorded:
+            return
+        try:
+            before = Config.model_validate(recorded).flat()  # settings that are younger than the record
+        except ValidationError:
+            raise UsageError(
+                f"--output {self.path}: its trials are of a version with other settings; choose another --output"
+            ) from None
+        for name, value in config.flat().items():
+            is_free = name in varied or name.startswith(("runtime.", "tracking."))
+            if before[name] != value and not is_free:
+                raise UsageError(
+                    f"--output {self.path}: its {title} have {name} {before[name]!r}, these {value!r}; "
+                    "choose another --output"
+                )
+
+    def plan(self, sweep: Sweep, trials: Sequence[Trial], search: str = "grid") -> None:
+        """Adds trials to the record, and how they are chosen; those of an earlier, smaller grid stay."""
         write_json(
             self.definition,
             {
@@ -56,6 +98,7 @@ class SweepDirectory:
                 "question": sweep.question,
                 "axes": {axis.name: list(axis.values) for axis in sweep.axes},
                 "base": sweep.base.model_dump(mode="json"),
+                "search": search,
                 "trials": self.points() | {trial.hash: trial.point for trial in trials},
             },
         )
@@ -69,7 +112,7 @@ class SweepDirectory:
         """
         run = self.run(trial.hash)
         done = _read(run.path / DONE)
-        if done.get("asked") == asked(sweep):
+        if _filled(done.get("asked")) == asked(sweep.measure, sweep.finetune):
             if done["status"] == "finished" and _read(run.summary).get("status") == "finished":
                 return "finished"
             if done["status"] == "stopped" and keep_stopped:
@@ -77,6 +120,10 @@ class SweepDirectory:
         if self._failure(trial.hash).exists():
             return "failed"
         return "begun" if run.config.exists() else "new"
+
+    def is_done(self, trial_hash: str) -> bool:
+        """Whether all that was asked of a trial has been done."""
+        return _read(self.run(trial_hash).path / DONE).get("status") == "finished"
 
     def training(self, trial_hash: str) -> str:
         """How a trial's training ended: finished, stopped, failed; empty where it has not."""
@@ -90,7 +137,8 @@ class SweepDirectory:
         self, sweep: Sweep, trial: Trial, seconds: dict[str, float], status: str = "finished"
     ) -> None:
         """Marks a trial as done by what was asked of it; forgets its failure."""
-        record = {"status": status, "asked": asked(sweep), "point": trial.point, "seconds": seconds}
+        work = asked(sweep.measure, sweep.finetune)
+        record = {"status": status, "asked": work, "point": trial.point, "seconds": seconds}
         write_json(self.run(trial.hash).path / DONE, record)
         self._failure(trial.hash).unlink(missing_ok=True)
 
@@ -111,13 +159,49 @@ class SweepDirectory:
         return self.path / "failures" / f"{trial_hash}.json"
 
 
-def asked(sweep: Sweep) -> dict[str, Any]:
-    """What is asked of every trial besides its training."""
-    tuned = sweep.finetune
+def asked(measure: MeasureConfig, finetune: FinetuneConfig | None) -> dict[str, Any]:
+    """What is asked of every trial besides its training, as JSON; not where and how fast."""
     return {
-        "measure": sweep.measure.model_dump(mode="json"),
-        "finetune": tuned and tuned.model_dump(mode="json", exclude={"runtime"}),
+        "measure": measure.model_dump(mode="json"),
+        "finetune": finetune and finetune.model_dump(mode="json", exclude={"runtime", "tracking"}),
     }
+
+
+def _filled(recorded: Any) -> dict[str, Any] | None:
+    """`asked` as an earlier version noted it, with the defaults of settings that are younger; None where it can't be
+    read."""
+    with suppress(ValidationError, KeyError, TypeError):
+        tuned = recorded["finetune"]
+        return asked(
+            MeasureConfig.model_validate(recorded["measure"]), tuned and FinetuneConfig.model_validate(tuned)
+        )
+    return None
+
+
+def planned(record: dict[str, Any]) -> dict[str, Point]:
+    """Hash -> point of the trials of a sweep.json that are to be run, whether they have begun or not; none where the search
+    chooses on its way."""
+    return {} if record.get("search") == "optuna" else dict(record.get("trials", {}))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file.
+
+    Raises:
+        UsageError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); {_MEND}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: holds no JSON object; {_MEND}")
+    return found
+
+
+_MEND = "remove it, and the sweep's command writes it again"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,20 +18,24 @@ from iwm_ray.pictures.page import Picture, Section, build_page
 from iwm_ray.pictures.spectrum import (
     Bar,
     Dot,
+    EffectPanel,
+    Key,
     Panel,
+    Row,
     correlation_bars,
     effect_grid,
     heat_maps,
     spectrum_map,
 )
 from iwm_ray.run_directory import RunDirectory, write_json
-from iwm_ray.sweeping.record import SweepDirectory
+from iwm_ray.sweeping.record import SweepDirectory, planned, read_json
 from iwm_ray.sweeping.results import (
+    FEWEST,
     GAIN,
     MRR,
     OUTCOMES,
-    TUNED,
     Configuration,
+    Effect,
     Outcome,
     Result,
     axes_of,
@@ -46,9 +50,8 @@ from iwm_ray.sweeping.results import (
     sound,
     table,
 )
-from iwm_ray.sweeping.words import figure, reading, relations
-
-_MAPPED = tuple(outcome for outcome in OUTCOMES if outcome is not TUNED)
+from iwm_ray.sweeping.space import Point, short_names, short_words
+from iwm_ray.sweeping.words import effect_words, figure, reading, relations
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Report:
     results: list[Result]
     failures: dict[str, dict[str, str]]
     """hash -> title and reason of trials that failed last"""
+    planned: dict[str, Point]
+    """hash -> point of the trials that are to be run, begun or not"""
 
     @classmethod
     def open(cls, folder: Path) -> "Report":
@@ -71,18 +76,24 @@ class Report:
         """
         directory = SweepDirectory(folder.absolute())
         results = read_results(directory.path)
-        found = json.loads(directory.definition.read_text()) if directory.definition.exists() else {}
-        name = found.get("name", folder.absolute().name)
-        return cls(directory.path, f"Sweep {name}", found.get("question", ""), results, directory.failures())
+        found = read_json(directory.definition)
+        title, question = f"Sweep {found.get('name', directory.path.name)}", found.get("question", "")
+        return cls(directory.path, title, question, results, directory.failures(), planned(found))
 
     @cached_property
     def groups(self) -> list[Configuration]:
         return configurations(self.results)
 
     @cached_property
+    def waiting(self) -> dict[str, Point]:
+        """Hash -> point of the planned trials that have not begun, or failed before they did."""
+        begun = {result.path.name for result in self.results}
+        return {name: point for name, point in self.planned.items() if name not in begun}
+
+    @cached_property
     def text(self) -> list[str]:
         """The results in sentences."""
-        return reading(self.results, self.groups)
+        return reading(self.results, self.groups, len(self.waiting))
 
     def write(self) -> Path:
         """Writes SWEEP/report/: report.html, PNGs, trials.csv, trials.parquet, failures.json; returns the page."""
@@ -104,8 +115,13 @@ class Report:
         group, metric = dial(self.groups, want)
         value = figure(group.mean(metric), group.interval(metric))
         seeds = ", ".join(figure(each) for each in group.seeds(metric))
+        low, high = (
+            named_points(self.groups).get(end, group).mean(MRR) for end in ("invariant", "equivariant")
+        )
+        is_beyond = isinstance(want, float) and not low <= want <= high
+        beyond = f"; the known range is {figure(low)} to {figure(high)}" if is_beyond else ""
         return [
-            f"wanted {want}: nearest known is {group.title}",
+            f"wanted {want}: nearest known is {group.title}{beyond}",
             f"  {metric} {value}, 95 %; by seed {seeds}",
             f"  {pretrain_command(group.results[0].config)}",
         ]
@@ -137,7 +153,7 @@ class Report:
         if not found:
             return {}
         drawn: dict[str, Figure] = {}
-        if shown := _measured(found, _MAPPED):
+        if shown := _measured(found, min(FEWEST, len(found))):
             drawn["map"] = self._map(shown)
             drawn["correlations"] = correlation_bars(
                 [
@@ -153,8 +169,9 @@ class Report:
 
     def _map(self, shown: Sequence[Outcome]) -> Figure:
         groups = sound(self.groups)
-        axes = [effect.axis for effect in effects(groups, MRR)][:2]
-        color, marker = (*axes, "", "")[:2]
+        axes = [effect.axis for effect in effects(groups, MRR)]
+        short = short_names(axes)
+        color, marker, fill = (*axes, "", "", "")[:3]
         names = {id(group): name for name, group in named_points(self.groups).items()}
         by_metric = {each.outcome.metric: each for each in relations(self.groups)}
         panels = []
@@ -172,6 +189,7 @@ class Report:
                     ),
                     group.point.get(color, ""),
                     group.point.get(marker, ""),
+                    group.point.get(fill, ""),
                     names.get(id(group), ""),
                 )
                 for group in groups
@@ -186,26 +204,28 @@ class Report:
                 else "too few configurations for a correlation"
             )
             panels.append(Panel(outcome.title, note, dots, outcome is GAIN))
-        return spectrum_map(
-            panels, groups[0].mean("mrr/chance"), color, self._values(color), marker, self._values(marker)
-        )
+        keys = [Key(short.get(axis, ""), tuple(self._values(axis))) for axis in (color, marker, fill)]
+        return spectrum_map(panels, groups[0].mean("mrr/chance"), *keys)
 
     def _effects(self, shown: Sequence[Outcome]) -> Figure:
         groups = sound(self.groups)
-        wanted = {MRR: "MRR"} | {each.metric: _SHORT.get(each.title, each.title) for each in shown}
-        order = [effect.axis for effect in effects(groups, MRR)]
-        found = {
-            (effect.axis, words): effect.values
-            for metric, words in wanted.items()
-            for effect in sorted(effects(groups, metric), key=lambda each: order.index(each.axis))
+        wanted = {MRR: ("MRR", "")} | {
+            each.metric: (_SHORT.get(each.title, each.title), "points" if each is GAIN else "%")
+            for each in shown
         }
-        return effect_grid(found, [words for metric, words in wanted.items() if metric != MRR])
+        axes = [effect.axis for effect in effects(groups, MRR)]
+        rows = []
+        for metric, (title, unit) in wanted.items():
+            found = {effect.axis: effect for effect in effects(groups, metric)}
+            rows.append(Row(title, tuple(_panel(found.get(axis), bool(unit)) for axis in axes), unit))
+        return effect_grid(list(short_names(axes).values()), rows)
 
     def _heat(self) -> Figure:
         """The two axes that move MRR most; a third one, where there is one, gives the tables."""
         groups = sound(self.groups)
         first, second, *others = [effect.axis for effect in effects(groups, MRR)]
         third = others[0] if others else ""
+        short = short_names([first, second, *others])
         rows, columns = self._values(first), self._values(second)
         tables = {}
         for value in self._values(third) if third else [""]:
@@ -214,12 +234,13 @@ class Report:
                 found = [
                     group.mean(MRR)
                     for group in groups
-                    if (group.point[first], group.point[second]) == (rows[row], columns[column])
-                    and (not third or group.point[third] == value)
+                    if (group.point.get(first, ""), group.point.get(second, ""))
+                    == (rows[row], columns[column])
+                    and (not third or group.point.get(third, "") == value)
                 ]
                 cells[row, column] = np.mean(found) if found else np.nan
-            tables[f"{third} {value}".strip()] = cells
-        return heat_maps(tables, rows, columns, (first, second))
+            tables[f"{short.get(third, '')} {value}".strip()] = cells
+        return heat_maps(tables, rows, columns, (short[first], short[second]))
 
     def _values(self, axis: str) -> list[str]:
         if not axis:
@@ -272,9 +293,10 @@ class Report:
         ]
 
     def _configuration_table(self) -> tuple[tuple[str, ...], ...]:
-        shown = _measured(self.groups, OUTCOMES)
+        shown = _measured(self.groups, 1)
         axes = axes_of(self.groups)
-        head = (*axes, "seeds", "MRR (95 %)", *(f"{each.title}, % (95 %)" for each in shown), "MRR by seed")
+        figures = (f"{each.title}, % (95 %)" for each in shown)
+        head = (*short_names(axes).values(), "seeds", "MRR (95 %)", *figures, "MRR by seed")
         rows = [
             (
                 *(group.point.get(axis, "") for axis in axes),
@@ -288,16 +310,16 @@ class Report:
         return (head, *rows)
 
     def _health_table(self) -> tuple[tuple[str, ...], ...]:
-        rows = [
-            (
-                " ".join(f"{axis}={value}" for axis, value in result.point.items()),
-                result.path.name,
-                result.status,
-                result.health_line,
-            )
+        rows = {
+            result.path.name: (result.point, result.path.name, result.status, result.health_line)
             for result in self.results
-        ]
-        return (("trial", "folder", "status", "health"), *rows)
+        }
+        rows |= {name: (point, name, "not begun", "") for name, point in self.waiting.items()}
+        for name, failure in self.failures.items():
+            if name in rows:
+                rows[name] = (*rows[name][:2], "failed", failure["reason"])
+        told = ((short_words(point), *rest) for point, *rest in rows.values())
+        return (("trial", "folder", "status", "health"), *told)
 
 
 _SHORT = {GAIN.title: "Tuned − random"}
@@ -315,7 +337,8 @@ _MAP_CAPTION = (
 )
 _EFFECTS_CAPTION = (
     "Small marks are configurations; the line joins the means, over all settings of the other axes that have every "
-    "value."
+    "value. Above: the largest difference of two means, 95 %, paired over the other axes and the seeds, and for all pairs "
+    "of values in the row at once; a bold one leaves out 0."
 )
 _HEAT_CAPTION = "MRR, mean over seeds and over the axes that are not shown."
 _TABLE_CAPTION = (
@@ -323,14 +346,26 @@ _TABLE_CAPTION = (
     "trials.parquet."
 )
 _HEALTH_CAPTION = (
-    "What the monitors said at the end of training. A trial that has collapsed is not on the map."
+    "Every trial that was planned, and what the monitors said at the end of training, or why it failed. A trial that has "
+    "collapsed is not on the map."
 )
 
 
-def _measured(groups: Sequence[Configuration], outcomes: Sequence[Outcome]) -> list[Outcome]:
+def _measured(groups: Sequence[Configuration], fewest: int) -> list[Outcome]:
+    """The outcomes that as many configurations have."""
     return [
-        outcome for outcome in outcomes if any(not math.isnan(group.mean(outcome.metric)) for group in groups)
+        outcome
+        for outcome in OUTCOMES
+        if sum(not math.isnan(group.mean(outcome.metric)) for group in groups) >= max(1, fewest)
     ]
+
+
+def _panel(effect: Effect | None, is_percent: bool) -> EffectPanel:
+    """What is drawn of an effect; nothing where too little has been measured."""
+    if effect is None:
+        return EffectPanel({}, "")
+    note = effect_words(effect, is_percent) if effect.is_known else ""
+    return EffectPanel(effect.values, note, effect.is_clear)
 
 
 def _png(drawn: Figure) -> bytes:

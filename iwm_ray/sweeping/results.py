@@ -1,13 +1,15 @@
 """What the runs of a sweep found, read from their directories alone: configurations, relations, effects.
 
 The unit is the configuration: its seeds are repetitions. A figure of a configuration is the mean over its seeds. Its
-interval holds over seeds and test images: with three seeds or more it is theirs (Student's t; each has been measured on
-images of its own), but never narrower than that over test images alone (the mean of the seeds' intervals).
+interval holds over seeds and test images: with three seeds or more it is theirs (Student's t), but never narrower than
+that over test images alone (the mean of the seeds' intervals). Where a measurement takes a part of the images (MRR),
+each seed chooses its own; where it takes all of them (probes, unless told otherwise), and in finetuning, every seed is
+judged by the same ones, whose chance the seeds' spread does not hold.
 """
 
-import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,18 +24,19 @@ from iwm_ray.errors import UsageError
 from iwm_ray.evaluation.intervals import repetitions_interval
 from iwm_ray.recipes import RECIPES
 from iwm_ray.run_directory import read_config
-from iwm_ray.sweeping.record import SweepDirectory
-from iwm_ray.sweeping.space import SEED, Point, words
+from iwm_ray.sweeping.record import SweepDirectory, read_json
+from iwm_ray.sweeping.space import SEED, Point, short_words, words
 
 MRR = "mrr/mrr"
-FEWEST = (
-    5  # configurations of which a rank correlation is told; of four, one order in twelve is perfect by chance
-)
+FEWEST = 6
+"""configurations of which a rank correlation is told; of five without any, the interval leaves out 0 one time in ten"""
 FEWEST_SEEDS = 3
-"""of which an interval over seeds is told; of two, Student's t is thirteen standard errors wide"""
+"""repetitions of which an interval is told; of two, Student's t is thirteen standard errors wide"""
 _RESAMPLES = 2000
 BEGUN, NOT_FINISHED = "begun", "not finished"
 """status and health line of a run without a summary"""
+TRAINED = "trained"
+"""status of a trial whose training has finished, and not yet all else that its sweep asks of it"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Result:
     config: Config
     point: Point
     status: str
-    """finished, stopped, failed, or begun where there is no summary yet"""
+    """finished, trained, stopped, failed, or begun where there is no summary yet"""
     health: str
     health_line: str
     metrics: Mapping[str, float]
@@ -94,7 +97,12 @@ class Configuration:
 
     @property
     def title(self) -> str:
-        return words(self.point)
+        return short_words(self.point)
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """Seed -> figure, of those that have it."""
+        found = {result.config.seed: result.figure(metric) for result in self.results}
+        return {seed: value for seed, value in found.items() if not math.isnan(value)}
 
     def seeds(self, metric: str) -> list[float]:
         """The figure of each seed that has it."""
@@ -148,15 +156,34 @@ class Effect:
     """value of the axis -> figures of its configurations"""
     is_fair: bool
     """False where no setting of the other axes has every value: the configurations differ in other axes too"""
+    low: float
+    high: float
+    """95 % of the reach, paired over the other axes and the seeds, for all pairs of values of all axes at once; NaN: there
+    are too few pairs"""
 
     @property
     def means(self) -> dict[str, float]:
         return {name: float(np.mean(found)) for name, found in self.values.items()}
 
     @property
+    def ends(self) -> tuple[str, str]:
+        """The values with the smallest and the largest mean."""
+        return min(self.means, key=self.means.__getitem__), max(self.means, key=self.means.__getitem__)
+
+    @property
     def reach(self) -> float:
         """Largest mean minus smallest."""
-        return max(self.means.values()) - min(self.means.values()) if len(self.values) > 1 else 0.0
+        smallest, largest = self.ends
+        return self.means[largest] - self.means[smallest]
+
+    @property
+    def is_known(self) -> bool:
+        return not math.isnan(self.low)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.is_known and self.low > 0
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -171,12 +198,19 @@ def read_results(folder: Path) -> list[Result]:
         raise UsageError(
             f"--report {folder}: no trials there; give the folder of a sweep, or one of run directories"
         )
-    return in_grid_order([_result(path, read_config(path)) for path in paths], directory.points())
+    known = directory.points()
+    found = [_result(path, read_config(path)) for path in paths]
+    unfinished = {name for name in known if not directory.is_done(name)}
+    found = [
+        replace(each, status=TRAINED) if each.status == "finished" and each.path.name in unfinished else each
+        for each in found
+    ]
+    return in_grid_order(found, known)
 
 
 def in_grid_order(results: Sequence[Result], known: Mapping[str, Point]) -> list[Result]:
     """The results with their points, as the sweep's record has them; without a complete record, with points by the
-    settings in which they differ.
+    settings in which they differ. What they cannot be compared by is left out.
 
     Args:
         results: with any points, in folders that are named by the trials' hashes.
@@ -188,7 +222,29 @@ def in_grid_order(results: Sequence[Result], known: Mapping[str, Point]) -> list
         points = [known[result.path.name] for result in ordered]
     else:
         points = _points([result.config for result in ordered])
-    return [replace(result, point=point) for result, point in zip(ordered, points, strict=True)]
+    return _comparable([replace(result, point=point) for result, point in zip(ordered, points, strict=True)])
+
+
+def _comparable(results: Sequence[Result]) -> list[Result]:
+    """Without the kNN of the monitor, on few images and without an interval, and without finetunings that only some of the
+    tuned trials have: a mean over other tasks is another figure."""
+    tasks = [set(_tasks(result)) for result in results if _tasks(result)]
+    shared = set.intersection(*tasks) if tasks else set()
+
+    def is_kept(result: Result, name: str) -> bool:
+        if name.startswith(KNN.metric):
+            return f"{KNN.metric}_low" in result.metrics
+        return not name.startswith("finetune/") or name.split("/")[1] in shared
+
+    return [
+        replace(each, metrics={name: each.metrics[name] for name in each.metrics if is_kept(each, name)})
+        for each in results
+    ]
+
+
+def _tasks(result: Result) -> list[str]:
+    """What a trial was finetuned for."""
+    return [name.split("/")[1] for name in result.metrics if name.startswith("finetune/")]
 
 
 def compared(results: Sequence[Result]) -> list[str]:
@@ -245,23 +301,36 @@ def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 def effects(groups: Sequence[Configuration], metric: str) -> list[Effect]:
     """Of every axis with several values; the one that moves the metric most comes first."""
-    found = []
-    for axis in axes_of(groups):
-        settings: dict[frozenset[tuple[str, str]], dict[str, float]] = {}
-        for group in groups:
-            if not math.isnan(group.mean(metric)):
-                others = frozenset(item for item in group.point.items() if item[0] != axis)
-                settings.setdefault(others, {})[group.point[axis]] = group.mean(metric)
-        names = in_order(list({name: None for figures in settings.values() for name in figures}))
-        # Of an unfinished grid the rest would mix the effects of the other axes into this one's.
-        whole = [figures for figures in settings.values() if len(figures) == len(names)]
-        values = {
-            name: [figures[name] for figures in whole or settings.values() if name in figures]
-            for name in names
-        }
-        if len(values) > 1:
-            found.append(Effect(axis, metric, values, bool(whole)))
+    measured = [group for group in groups if not math.isnan(group.mean(metric))]
+    axes = axes_of(measured)
+    pairs = sum(math.comb(len({group.point.get(axis, "") for group in measured}), 2) for axis in axes)
+    found = [_effect(measured, axis, metric, pairs) for axis in axes]
     return sorted(found, key=lambda effect: -effect.reach)
+
+
+def _effect(groups: Sequence[Configuration], axis: str, metric: str, pairs: int) -> Effect:
+    settings: dict[frozenset[tuple[str, str]], dict[str, Configuration]] = {}
+    for group in groups:
+        others = frozenset(item for item in group.point.items() if item[0] != axis)
+        settings.setdefault(others, {})[group.point.get(axis, "")] = group
+    names = in_order(list(dict.fromkeys(group.point.get(axis, "") for group in groups)))
+    # Of an unfinished grid the rest would mix the effects of the other axes into this one's.
+    whole = [row for row in settings.values() if len(row) == len(names)]
+    rows = whole or list(settings.values())
+    values = {name: [row[name].mean(metric) for row in rows if name in row] for name in names}
+    effect = Effect(axis, metric, values, bool(whole), math.nan, math.nan)
+    smallest, largest = effect.ends
+    differences = [
+        figure - row[smallest].by_seed(metric)[seed]
+        for row in rows
+        if smallest in row and largest in row
+        for seed, figure in row[largest].by_seed(metric).items()
+        if seed in row[smallest].by_seed(metric)
+    ]
+    if len(differences) < FEWEST_SEEDS:
+        return effect
+    low, high = repetitions_interval(differences, pairs)
+    return replace(effect, low=low, high=high)
 
 
 def axes_of(groups: Sequence[Configuration]) -> list[str]:
@@ -331,9 +400,8 @@ def pretrain_command(config: Config) -> str:
     for name, value in config.flat().items():
         if value == usual[name] or name.startswith(("runtime.", "tracking.")):
             continue
-        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        options.append(f"--{name.replace('_', '-')} {text}")
-    return " ".join(["python -m iwm_ray.pretrain", config.recipe, *options])
+        options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(["python", "-m", "iwm_ray.pretrain", config.recipe, *options])
 
 
 def table(results: Sequence[Result]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -358,9 +426,7 @@ def _pattern(metric: str) -> re.Pattern[str]:
 
 
 def _result(path: Path, config: Config) -> Result:
-    summary: dict[str, Any] = {}
-    if (path / "summary.json").exists():
-        summary = json.loads((path / "summary.json").read_text())
+    summary = read_json(path / "summary.json")
     metrics = {name: value for name, value in summary.get("metrics", {}).items() if value is not None}
     return Result(
         path,

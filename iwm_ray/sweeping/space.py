@@ -84,8 +84,7 @@ class Trial:
     @property
     def short_title(self) -> str:
         """`none, depth 4, seed 1`: fits a column of a table."""
-        named = zip(short_names(self.point).values(), self.point.values(), strict=True)
-        return ", ".join(value if value.isalpha() else f"{name} {value}" for name, value in named)
+        return short_words(self.point)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ class Sweep:
     axes: tuple[Axis, ...]
     measure: MeasureConfig = QUICK
     finetune: FinetuneConfig | None = None
-    """predictor finetuning with its control, on the trial's own data where `data.path` is empty; None: no finetuning"""
+    """of the predictor, or end-to-end, with controls; on the trial's own data where `data.path` is empty; None: no
+    finetuning"""
 
     def trials(self) -> list[Trial]:
         """Every point of the grid, seed by seed: a sweep that is interrupted has the whole map once, not a part of it
@@ -187,6 +187,13 @@ def words(point: Mapping[str, str]) -> str:
     return " ".join(f"{axis}={value}" for axis, value in point.items()) or "the only configuration"
 
 
+def short_words(point: Mapping[str, str]) -> str:
+    """`none, depth 4, seed 1`"""
+    named = zip(short_names(point).values(), point.values(), strict=True)
+    shown = (value if value.isalpha() else f"{name} {value}" for name, value in named)
+    return ", ".join(shown) or "the only configuration"
+
+
 def short_names(axes: Iterable[str]) -> dict[str, str]:
     """Axis -> the last part of its name, where that is no other's: `predictor.depth` is `depth`."""
     axes = list(axes)
@@ -204,11 +211,11 @@ def base(size: Size) -> Config:
 
 
 def finetuning(size: Size) -> FinetuneConfig | None:
-    """Predictor finetuning as far as a size can pay for it."""
+    """Predictor and end-to-end finetuning, as far as a size can pay for it."""
     if size == "imagenet":
         return None  # days of one GPU a trial: `python -m iwm_ray.finetune` for the named points
     data = {"num_train": 2000, "num_test": 1000} if size == "cifar10" else {}
-    return FinetuneConfig.model_validate({"epochs": 20, "data": data})
+    return FinetuneConfig.model_validate({"tune": ("predictor", "both"), "epochs": 20, "data": data})
 
 
 def _put(tree: dict[str, Any], setting: str, value: Any) -> None:

@@ -8,19 +8,28 @@ from iwm_ray.sweeping.results import (
     MRR,
     OUTCOMES,
     Configuration,
+    Effect,
     Relation,
     Result,
+    axes_of,
     effects,
     named_points,
     relation,
     sound,
 )
+from iwm_ray.sweeping.space import short_names
 
 
-def reading(results: Sequence[Result], groups: Sequence[Configuration]) -> list[str]:
-    """The paragraph of the report, sentence by sentence."""
+def reading(results: Sequence[Result], groups: Sequence[Configuration], waiting: int = 0) -> list[str]:
+    """The paragraph of the report, sentence by sentence.
+
+    Args:
+        results: of the trials that have begun.
+        groups: the same by configuration.
+        waiting: trials that are planned and have not begun.
+    """
     return [
-        *_what_there_is(results, groups),
+        *_what_there_is(results, groups, waiting),
         *_range(groups),
         *(relation_words(each) for each in relations(groups)),
         *_strongest_axis(groups),
@@ -73,12 +82,12 @@ def figure(value: float, ends: tuple[float, float] | None = None, percent: bool 
     return text.replace("-", "−")
 
 
-def _what_there_is(results: Sequence[Result], groups: Sequence[Configuration]) -> list[str]:
+def _what_there_is(results: Sequence[Result], groups: Sequence[Configuration], waiting: int) -> list[str]:
     finished = sum(result.status == "finished" for result in results)
     seeds = [len(group.results) for group in groups]
     repeated = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
     text = f"{len(groups)} configurations with {repeated} seed{'s' if max(seeds) > 1 else ''} each; "
-    text += f"{finished} of {len(results)} trials are finished."
+    text += f"{finished} of {len(results) + waiting} trials are finished."
     collapsed = sum(result.health == "collapsed" for result in results)
     if collapsed:
         text += f" {collapsed} have collapsed, and their configurations stand in the table alone."
@@ -94,9 +103,12 @@ def _range(groups: Sequence[Configuration]) -> list[str]:
         f"MRR goes from {figure(low.mean(MRR))} ({low.title}) to {figure(high.mean(MRR))} ({high.title}); "
         f"chance is {figure(high.mean('mrr/chance'))}."
     )
-    if not high.interval(MRR)[0] > high.mean("mrr/chance"):
-        text += " No configuration is above chance, so this is no spectrum yet: train longer."
-    elif high.mean(MRR) < 0.5:
+    groups = sound(groups)
+    above = sum(group.interval(MRR)[0] > group.mean("mrr/chance") for group in groups)
+    if not above:
+        return [f"{text} No configuration is above chance, so this is no spectrum yet: train longer."]
+    text += f" {above} of {len(groups)} configurations lie above chance."
+    if high.mean(MRR) < 0.5:
         text += " The equivariant end is not reached: the paper's has 0.79 or more, in banks of 256 views."
     return [text]
 
@@ -105,18 +117,30 @@ def _strongest_axis(groups: Sequence[Configuration]) -> list[str]:
     found = effects(sound(groups), MRR)
     if not found:
         return []
-    first = found[0]
-    low, high = min(first.means, key=first.means.__getitem__), max(first.means, key=first.means.__getitem__)
-    text = (
-        f"{first.axis} moves MRR most: from {figure(first.means[low])} on average with {low} to "
-        f"{figure(first.means[high])} with {high}"
-    )
-    rest = [f"{each.axis} by {figure(each.reach)}" for each in found[1:]]
-    text += f"; {', '.join(rest)}." if rest else "."
-    unfair = [each.axis for each in found if not each.is_fair]
+    short = short_names(axes_of(sound(groups)))
+    by_axis = {short[each.axis]: effect_words(each) for each in found}
+    clear = [each for each in found if each.is_clear]
+    if clear:
+        lead, (low, high) = clear[0], clear[0].ends
+        name = short[lead.axis]
+        text = (
+            f"{name} {'moves MRR most' if lead is found[0] else 'surely moves MRR'}: from {figure(lead.means[low])} on "
+            f"average with {low} to {figure(lead.means[high])} with {high}, by {by_axis.pop(name)}"
+        )
+    elif found[0].is_known:
+        text = "No axis moves MRR by more than seeds differ"
+    else:
+        text = "Whether an axis moves MRR needs more pairs of trials that differ in it alone"
+    text = "; ".join([text, *(f"{name} by {words}" for name, words in by_axis.items())]) + "."
+    unfair = [short[each.axis] for each in found if not each.is_fair]
     if unfair:
         text += f" No setting of the other axes has every {' or every '.join(unfair)} yet: they have a part in that."
     return [text]
+
+
+def effect_words(effect: Effect, percent: bool = False) -> str:
+    """`0.045 (0.031 to 0.058)`"""
+    return figure(effect.reach, (effect.low, effect.high), percent)
 
 
 def _seeds(groups: Sequence[Configuration]) -> list[str]:

@@ -70,6 +70,7 @@ def swept(tmp_path_factory) -> tuple[SweepDirectory, Sweep]:
             if number == 11:
                 continue
             write_json(run.summary, ended | {"metrics": figures(number)})
+            directory.note_done(sweep, trial, {})
             tracker.log_tags(summary.tags(ended))
             (run.pictures / "retrieval.png").write_bytes(PICTURE + bytes([number]))
             tracker.log_picture(run.pictures / "retrieval.png")
@@ -100,12 +101,13 @@ def assert_same(ours: Report, directory: SweepDirectory) -> None:
         assert (written / name).read_bytes() == (directory.report / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("where", ["experiment", "store", "run"])
+@pytest.mark.parametrize("where", ["experiment", "store", "run", "sweep"])
 def test_mlflow_and_folders_give_the_same_report(swept, tmp_path, where):
     directory, sweep = swept
     ledger = json.loads((directory.path / "tracking.json").read_text())["stores"]
     words = {
         "experiment": "maps",
+        "sweep": "test",
         "store": sweep.base.tracking.uri,
         "run": ledger[sweep.base.tracking.uri]["run_id"],
     }
@@ -130,11 +132,15 @@ def test_figures_need_no_artifacts(swept, tmp_path, monkeypatch):
 
 def test_what_cannot_be_read_is_named(swept, tmp_path):
     _, sweep = swept
-    with pytest.raises(UsageError, match="neither a folder nor an experiment .* maps"):
+    with pytest.raises(UsageError, match="--report map: neither a folder nor a sweep or experiment .* maps"):
         read_report("map", sweep.base.tracking, tmp_path)
+    with pytest.raises(UsageError, match="--report it's: neither"):
+        read_report("it's", sweep.base.tracking, tmp_path)
     missing = TrackingConfig(uri=f"sqlite:///{tmp_path}/nothing.db")
-    with pytest.raises(UsageError, match="nothing.db: there is nothing to read"):
-        read_report("maps", missing, tmp_path)
+    with pytest.raises(
+        UsageError, match=r"--report runs/mpas: no such folder; .*nothing.db: there is nothing to read"
+    ):
+        read_report("runs/mpas", missing, tmp_path)
     assert not (tmp_path / "nothing.db").exists()
     with pytest.raises(UsageError, match="127.0.0.1:9: does not answer"):
         read_report("http://127.0.0.1:9", sweep.base.tracking, tmp_path)

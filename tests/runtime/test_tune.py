@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
+from iwm_ray import sweep
 from iwm_ray.cli import parse_pretrain
 from iwm_ray.config import Config
 from iwm_ray.errors import UsageError
@@ -21,6 +23,7 @@ from iwm_ray.run_directory import read_lines
 from iwm_ray.runtime import tune
 from iwm_ray.runtime.cluster import Asked, Node
 from iwm_ray.sweep import main
+from iwm_ray.sweeping.job import Job
 from iwm_ray.sweeping.record import DONE, SweepDirectory
 from iwm_ray.sweeping.space import Axis, Sweep
 from iwm_ray.training import checkpoint, metrics_log
@@ -54,9 +57,33 @@ def test_a_share_of_a_gpu_is_a_whole_part_of_it():
         tune.make_room(Config(recipe="photos_tiny"), 0.3, 1)
 
 
+def test_a_new_failure_has_its_own_reason(tmp_path):
+    """Two commands: the first trial's process noted a failure; in the second it dies without a word, twice."""
+    axes = (Axis.of("seed", 0),)
+    found = Sweep("test", "?", Config(recipe="photos_tiny"), axes)
+    job = Job(found, found.trials()[0], SweepDirectory(tmp_path), {})
+    job.directory.note_failure(job.trial, "ValueError: of yesterday")
+    said: list[str] = []
+    lines = tune._Lines(job, 1, said.append)
+    died = SimpleNamespace(
+        trial_id="1", config={"point": job.trial.point}, get_error=lambda: "WorkerDied: killed"
+    )
+    lines.on_trial_start(0, [], died)
+    lines.on_trial_recover(0, [], died)
+    assert job.directory.failures()[job.trial.hash]["attempts"] == 2
+    job.directory.note_failure(job.trial, "OSError: no space")  # the trial names this one itself
+    lines.on_trial_error(0, [], died)
+    assert [line.rpartition("seed=0: ")[2] for line in said] == [
+        "WorkerDied: killed",
+        "failed: OSError: no space",
+    ]
+    assert job.directory.failures()[job.trial.hash]["attempts"] == 3
+
+
 @pytest.fixture
-def run_sweep(tiny_command):
+def run_sweep(tiny_command, monkeypatch):
     """`run_sweep(output, axes, words, changes, finetune)`: runs a tiny sweep as its command does; gives the exit code."""
+    monkeypatch.setitem(sweep._JUDGED, "train/momentum", "max")  # a metric whose value is known
 
     def run(output: Path, axes: tuple[Axis, ...], words=(), changes=None, finetune=None) -> int:
         options = {"--runtime.engine": "local"} | (changes or {})
@@ -207,6 +234,7 @@ def test_a_trial_may_be_a_torch_trainer(ray_cluster, clean_run, run_sweep, tmp_p
 
 
 DOCUMENT = """
+from iwm_ray import sweep
 from iwm_ray.cli import parse_pretrain
 from iwm_ray.sweep import main
 from iwm_ray.sweeping.space import QUICK, Axis, Sweep

@@ -3,7 +3,10 @@
 import io
 import json
 import math
+import shlex
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.csv
@@ -11,23 +14,32 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 from scipy.stats import spearmanr, t
 
+from iwm_ray.cli import parse_pretrain, validate
 from iwm_ray.errors import UsageError
 from iwm_ray.run_directory import write_json
 from iwm_ray.sweeping import words
 from iwm_ray.sweeping.record import SweepDirectory
-from iwm_ray.sweeping.report import Report
+from iwm_ray.sweeping.report import Report, _measured
 from iwm_ray.sweeping.results import (
+    BOTH,
+    FEWEST,
     GAIN,
+    KNN,
     LINEAR,
     MRR,
+    TUNED,
     Configuration,
+    Result,
     configurations,
     dial,
     effects,
     named_points,
+    pretrain_command,
     read_results,
     relation,
     spearman,
@@ -92,6 +104,7 @@ def folder(tmp_path):
         (run.pictures / "retrieval.png").write_bytes(PIXEL)
         summary = {"status": "finished", "health": "ok", "health_line": "ok: all is well"}
         write_json(run.summary, summary | {"metrics": metrics(trial)})
+        directory.note_done(SWEEP, trial, {})
     return directory.path
 
 
@@ -178,7 +191,7 @@ def test_the_dial_names_the_nearest(folder):
 def test_few_configurations_make_no_claim(folder):
     results = [each for each in read_results(folder) if each.point["predictor.conditioning"] == "none"]
     text = " ".join(words.reading(results, configurations(results)))
-    assert "needs 5 configurations and has 3" in text
+    assert "needs 6 configurations and has 3" in text
     assert "rises" not in text and "falls" not in text
 
 
@@ -188,10 +201,151 @@ def test_words_follow_the_figures(folder):
     assert "12 of 12 trials are finished" in text
     assert "MRR goes from 0.020" in text and "to 0.700" in text
     assert (
-        "predictor.conditioning moves MRR most: from 0.030 on average with none to 0.500 with feature" in text
+        "conditioning moves MRR most: from 0.030 on average with none to 0.500 with feature, by 0.470 ("
+        in text
     )
+    assert "; depth by 0.210 (" in text
+    assert "MRR goes from 0.020 (none, depth 2) to 0.700 (feature, depth 8)" in text
+    assert "5 of 6 configurations lie above chance" in text
     assert "the gain of a finetuned predictor over a random one rises: rank correlation +1.00" in text
     assert "differ by up to 0.020" in text
+
+
+def change(folder, trial, **found):
+    """Gives a trial other figures."""
+    summary = SweepDirectory(folder).run(trial.hash).summary
+    before = json.loads(summary.read_text())
+    write_json(summary, before | {"metrics": before["metrics"] | found})
+
+
+def test_one_configuration_above_chance_is_enough(folder):
+    """Even where another one has a higher mean, of which nobody is sure."""
+    for trial in SWEEP.trials():
+        mrr, half = (0.2, 0.19) if trial.point["predictor.depth"] == "8" else (0.1, 0.01)
+        change(folder, trial, **{MRR: mrr, f"{MRR}_low": mrr - half, f"{MRR}_high": mrr + half})
+    text = " ".join(Report.open(folder).text)
+    assert "4 of 6 configurations lie above chance" in text and "no spectrum" not in text
+
+
+def test_no_axis_is_said_to_move_mrr_where_seeds_do(folder):
+    for number, trial in enumerate(SWEEP.trials()):
+        change(folder, trial, **{MRR: 0.3 + 0.1 * math.sin(7 * number)})
+    found = effects(configurations(read_results(folder)), MRR)
+    assert all(each.is_known and not each.is_clear for each in found)
+    assert "No axis moves MRR by more than seeds differ; " in " ".join(Report.open(folder).text)
+
+
+def test_the_interval_of_an_effect_is_paired_over_the_rest_and_for_all_pairs_at_once(folder):
+    """Of feature against none: six pairs of one depth and one seed; two axes have 1 + 3 pairs of values."""
+    effect = effects(configurations(read_results(folder)), MRR)[0]
+    differences = [
+        feature - none for none, feature in ((0.02, 0.3), (0.03, 0.5), (0.04, 0.7)) for _ in (0, 1)
+    ]
+    level, error = 1 - 0.05 / 4, np.std(differences, ddof=1) / 6**0.5
+    expected = t.interval(level, 5, loc=np.mean(differences), scale=error)
+    assert (effect.low, effect.high) == pytest.approx(expected)
+    few = [group for group in configurations(read_results(folder)) if group.point["predictor.depth"] == "2"]
+    assert not effects(few, MRR)[0].is_known  # two pairs
+
+
+def test_five_configurations_are_too_few_for_a_relation():
+    """Without any relation, the bootstrap over five leaves out 0 one time in ten."""
+    figures = [(0.1, 0.2), (0.2, 0.3), (0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (0.6, 0.7)]
+    assert not relation(made(figures[:5]), LINEAR).is_known
+    assert relation(made(figures), LINEAR).is_clear
+
+
+def made(figures) -> list[Configuration]:
+    """Configurations with these figures of MRR and of the linear probe."""
+    config = base("laptop")
+    return [
+        Configuration(
+            {"number": str(number)},
+            (Result(Path(str(number)), config, {}, "finished", "ok", "", {MRR: x, LINEAR.metric: y}),),
+        )
+        for number, (x, y) in enumerate(figures)
+    ]
+
+
+def test_a_finetuning_of_one_trial_on_other_data_moves_nothing(folder):
+    before = Report.open(folder)
+    change(folder, SWEEP.trials()[0], **{"finetune/mine/difference": 0.9, "finetune/mine/top1": 0.9})
+    after = Report.open(folder)
+    assert after.markdown() == before.markdown() and after.figures() == before.figures()
+
+
+def test_the_knn_of_the_monitor_is_no_outcome(folder):
+    for trial in SWEEP.trials():
+        change(folder, trial, **{"knn/top1": 0.3})
+    assert KNN not in [each.outcome for each in words.relations(Report.open(folder).groups)]
+    for trial in SWEEP.trials():
+        change(folder, trial, **{"knn/top1_low": 0.2, "knn/top1_high": 0.4})
+    assert KNN in [each.outcome for each in words.relations(Report.open(folder).groups)]
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "summary.json"])
+def test_a_file_that_is_cut_is_named(folder, name):
+    file = next(folder.rglob(name))
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(UsageError, match=f"{name}: cannot be read") as error:
+        Report.open(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_the_dials_command_is_the_configuration_and_says_where_it_ends(folder):
+    lines = Report.open(folder).wanted(0.9)
+    assert lines[0] == "wanted 0.9: nearest known is feature, depth 8; the known range is 0.020 to 0.700"
+    assert "range" not in Report.open(folder).wanted(0.42)[0]
+    tree = base("laptop").model_dump()
+    tree["data"] |= {"path": "my photos/of a 'cat'", "test_path": ""}
+    command = pretrain_command(validate(tree))
+    assert parse_pretrain(shlex.split(command)[3:])[0].config.hash() == validate(tree).hash()
+
+
+def test_every_finetuning_is_on_the_map_and_among_the_effects(folder):
+    for trial in SWEEP.trials():
+        change(folder, trial, **{"finetune/a/top1": 0.3, "finetune/a/both/top1": 0.4})
+    report = Report.open(folder)
+    shown = [each.title for each in _measured(report.groups, FEWEST)]
+    assert shown == [LINEAR.title, GAIN.title, TUNED.title, BOTH.title]
+    figures = report._figures()
+    assert [axes.get_title(loc="left") for axes in figures["map"].axes] == shown
+    rows = [axes.get_ylabel() for axes in figures["effects"].axes if axes.get_ylabel()]
+    assert rows == [
+        "MRR",
+        "Linear probe, %",
+        "Tuned − random, points",
+        "Predictor finetuned, %",
+        "End to end, %",
+    ]
+
+
+def test_the_names_of_both_ends_are_written_on_nothing(folder):
+    """Neither on a mark nor on each other, inside the panel, where the marks stand close."""
+    heights = (0, 0.013, 0.04, 0.07, 0.11, 0.15)
+    for trial in SWEEP.trials():
+        place = list(MEANS).index((trial.point["predictor.conditioning"], trial.point["predictor.depth"]))
+        change(folder, trial, **{MRR: 0.1 + 0.02 * place, "linear/top1": 0.5 + heights[place]})
+    figure = Report.open(folder)._figures()["map"]
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        names = [text for text in axes.texts if text.get_text() in ("invariant", "equivariant")]
+        assert len(names) == 2
+        boxes = [Text.get_window_extent(text) for text in names]
+        marks = [
+            axes.transData.transform(line.get_xydata()) for line in axes.lines if line.get_marker() in "os"
+        ]
+        assert not boxes[0].overlaps(boxes[1])
+        for box in boxes:
+            assert axes.get_window_extent().containsx(box.x0) and axes.get_window_extent().containsx(box.x1)
+            assert not any(box.contains(*place) for mark in marks for place in mark)
+
+
+def test_outcomes_of_few_configurations_are_not_drawn(folder):
+    shown = _measured(Report.open(folder).groups, FEWEST)
+    for trial in SWEEP.trials()[:5]:
+        change(folder, trial, **{"attentive/top1": 0.5})
+    assert _measured(Report.open(folder).groups, FEWEST) == shown == [LINEAR, GAIN]
 
 
 def test_a_model_at_chance_is_no_spectrum(folder):
@@ -218,6 +372,34 @@ def test_collapsed_and_unfinished_trials_are_named_but_not_on_the_map(folder):
     page = report.write().read_text()
     assert "collapsed: RankMe 1.0" in page
     assert "RunError: no space left" in page and trials[0].title in page
+
+
+def test_every_planned_trial_is_counted_and_named(folder):
+    """One that nobody has begun, one that failed before it had a folder, one that is trained and not measured yet."""
+    waiting, broken, trained, failed = SWEEP.trials()[:4]
+    directory = SweepDirectory(folder)
+    for trial in (waiting, broken):
+        shutil.rmtree(directory.run(trial.hash).path)
+    directory.note_failure(broken, "UsageError: the folder cannot be made")
+    (directory.run(trained.hash).path / "trial.json").unlink()
+    directory.note_failure(failed, "RunError: no space left")
+    report = Report.open(folder)
+    assert "8 of 12 trials are finished" in report.text[0]
+    assert report.figures()["sweep/finished"] == 8
+    rows = {row[1]: row for row in report._health_table()[1:]}
+    assert len(rows) == 12
+    assert rows[waiting.hash] == ("none, depth 2, seed 0", waiting.hash, "not begun", "")
+    assert rows[broken.hash][2:] == ("failed", "UsageError: the folder cannot be made")
+    assert rows[failed.hash][2:] == ("failed", "RunError: no space left")
+    assert rows[trained.hash][2:] == ("trained", "ok: all is well")
+    report.write()
+
+
+def test_a_search_that_chooses_on_its_way_waits_for_nothing(folder):
+    directory = SweepDirectory(folder)
+    shutil.rmtree(directory.run(SWEEP.trials()[0].hash).path)
+    directory.plan(SWEEP, SWEEP.trials(), "optuna")
+    assert "11 of 11 trials are finished" in Report.open(folder).text[0]
 
 
 def test_the_report_is_complete_and_offline(folder):

@@ -8,7 +8,7 @@ import pytest
 from iwm_ray.cli import parse_pretrain
 from iwm_ray.errors import UsageError
 from iwm_ray.sweeping.results import pretrain_command
-from iwm_ray.sweeping.space import SIZES, Axis, Sweep, base, choose, short_names
+from iwm_ray.sweeping.space import SIZES, Axis, Sweep, base, choose, finetuning, short_names
 
 DOCUMENTS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.py"))
 
@@ -26,6 +26,11 @@ def test_a_grid_has_every_point_once_seed_by_seed():
     assert all(trial.hash == trial.config.hash() for trial in trials)
     assert trials[2].title == "predictor.depth=2 seed=1"
     assert trials[2].group == {"predictor.depth": "2"}
+
+
+def test_small_sweeps_are_finetuned_end_to_end_too():
+    assert [finetuning(size).tune for size in ("laptop", "cifar10")] == [("predictor", "both")] * 2
+    assert finetuning("imagenet") is None
 
 
 def test_short_names_stay_apart():
