@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from colorcet import glasbey_bw_minc_20_minl_30
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -25,49 +26,15 @@ from iwm_ray.pictures.style import (
 
 _YELLOW = "#F0E442"
 # All of Okabe and Ito's palette; black is for the background, as mostly the first class is.
-_FIRST = (INK, ORANGE, SKY, GREEN, _YELLOW, BLUE, RED, PURPLE)
-_LEVELS = 13  # of each of red, green and blue, from which more colours are chosen
-_DARKEST = 0.45  # lightness in 0..1; the background's is 0.25
-_TO_CONES = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-_TO_LAB = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
+_FEW = (INK, ORANGE, SKY, GREEN, _YELLOW, BLUE, RED, PURPLE)
+_MANY = (INK, *glasbey_bw_minc_20_minl_30)  # 256 that differ from each other, and from black and white
 _CELL, _NAME = 1.5, 1.1  # inches: a picture, and a name in the legend
 
 
 def class_colours(count: int) -> NDArray[np.uint8]:
-    """`[count 3]` a colour for each class, the same however many there are; the first, mostly the background, is dark.
-
-    After the first eight, each is the one that differs most from all before it and from white, which ignored pixels are: so
-    classes whose numbers are close look different.
-    """
-    chosen = np.array([to_rgb(name) for name in _FIRST])
-    levels = np.linspace(0, 1, _LEVELS)
-    candidates = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
-    candidates = candidates[_perceived(candidates)[:, 0] > _DARKEST]
-    places = _perceived(candidates)
-    nearest = np.linalg.norm(places[:, None] - _perceived(np.vstack([chosen, np.ones(3)])), axis=2).min(1)
-    while len(chosen) < count:
-        best = int(nearest.argmax())
-        chosen = np.vstack([chosen, candidates[best]])
-        nearest = np.minimum(nearest, np.linalg.norm(places - places[best], axis=1))
-    return np.round(255 * chosen[:count]).astype(np.uint8)
-
-
-def _perceived(colours: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`[k 3]` sRGB in 0..1 -> `[k 3]` OKLab (Ottosson 2020), where distances are about those that one sees."""
-    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
-    return np.cbrt(linear @ _TO_CONES.T) @ _TO_LAB.T
+    """`[count 3]` a colour for each class, at most 257; the first, mostly the background, is dark."""
+    names = _FEW if count <= len(_FEW) else _MANY
+    return np.array([[round(255 * part) for part in to_rgb(name)] for name in names[:count]], np.uint8)
 
 
 def segmentation_sheet(

@@ -11,13 +11,9 @@ def test_every_class_has_a_colour_that_differs(count):
     lab = rgb2lab(class_colours(count)[None] / 255)[0]
     away = np.linalg.norm(lab[:, None] - lab[None], axis=2)
     assert away[~np.eye(count, dtype=bool)].min() > 10
-    assert np.diag(away, 1).min() > 30  # of neighbours
+    assert np.diag(away, 1).min() > 20  # of neighbours
     assert np.linalg.norm(lab - (100, 0, 0), axis=1).min() > 15  # ignored pixels are white
     assert lab[0, 0] < 15 and lab[1:, 0].min() > 25  # dark background
-
-
-def test_a_class_keeps_its_colour_where_there_are_more():
-    np.testing.assert_array_equal(class_colours(59)[:12], class_colours(12))
 
 
 def test_the_sheet_shows_truth_and_predictions_in_the_same_colours():
