@@ -260,7 +260,7 @@ def _room(
     """
     best, offset = -np.inf, np.zeros(2)
     # Not straight along the whiskers, where the line would not be seen.
-    for distance, angle in product(range(14, 80, 6), (np.arange(48) + 0.5) * np.pi / 24):
+    for distance, angle in product(range(14, 140, 6), (np.arange(48) + 0.5) * np.pi / 24):
         tried = (distance + size / 2) * (np.cos(angle), np.sin(angle))
         low, high = here + tried - size / 2, here + tried + size / 2
         if (low < frame[0]).any() or (high > frame[1]).any():

@@ -317,7 +317,8 @@ def _effect(groups: Sequence[Configuration], axis: str, metric: str, pairs: int)
     # Of an unfinished grid the rest would mix the effects of the other axes into this one's.
     whole = [row for row in settings.values() if len(row) == len(names)]
     rows = whole or list(settings.values())
-    values = {name: [row[name].mean(metric) for row in rows if name in row] for name in names}
+    levels = [_levels(row, metric) for row in rows]
+    values = {name: [level[name] for level in levels if name in level] for name in names}
     effect = Effect(axis, metric, values, bool(whole), math.nan, math.nan)
     smallest, largest = effect.ends
     differences = [
@@ -331,6 +332,13 @@ def _effect(groups: Sequence[Configuration], axis: str, metric: str, pairs: int)
         return effect
     low, high = repetitions_interval(differences, pairs)
     return replace(effect, low=low, high=high)
+
+
+def _levels(row: Mapping[str, Configuration], metric: str) -> dict[str, float]:
+    """The figure of each configuration over the seeds that all of them have; over its own where they share none."""
+    found = {name: group.by_seed(metric) for name, group in row.items()}
+    shared = set.intersection(*(set(each) for each in found.values()))
+    return {name: float(np.mean([each[seed] for seed in shared or each])) for name, each in found.items()}
 
 
 def axes_of(groups: Sequence[Configuration]) -> list[str]:

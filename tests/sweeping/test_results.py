@@ -152,6 +152,14 @@ def test_an_unfinished_grid_compares_like_with_like(folder):
     assert not any(each.is_fair for each in mixed)
 
 
+def test_an_unfinished_grid_compares_the_seeds_that_both_have(folder):
+    none, feature = (configurations(read_results(folder))[number] for number in (0, 3))
+    first, second = feature.results
+    lucky = replace(second, metrics={**second.metrics, MRR: 0.9})
+    found = effects([replace(none, results=none.results[:1]), replace(feature, results=(first, lucky))], MRR)
+    assert found[0].means == pytest.approx({"none": 0.01, "feature": 0.29})
+
+
 def test_three_seeds_make_an_interval_over_seeds(folder):
     """As the library has it; and never narrower than that over images."""
     group = configurations(read_results(folder))[3]
