@@ -211,7 +211,7 @@ class Measurement:
         if len(np.unique(self.train.labels[self.train.labels >= 0])) < 2:
             raise UsageError("data.path: all images are of one class; probes need two or more")
         learned_from, tested_on = self._samples
-        if not len(tested_on):
+        if not ((self.test or self.train).labels[tested_on] >= 0).any():
             raise UsageError(
                 f"data.path: one image in {_HELD_OUT} of each class is held out for the test, and no class has as many; "
                 "give more images, or --data.test-path"

@@ -72,14 +72,18 @@ class TwoGoals(Searcher):
         """Nothing: the sweep's folder is the record."""
 
     def _learn(self, results: list[Result]) -> None:
-        known = {trial.hash: trial.point for trial in self._sweep.trials()}
+        done = {
+            trial.hash: trial.point
+            for trial in self._sweep.trials()
+            if self._directory.status(self._sweep, trial) == "finished"
+        }
         for result in results:
             name, goals = result.config.hash(), _goals(result)
-            if name in known and result.status == "finished" and not math.isnan(sum(goals)):
+            if name in done and not math.isnan(sum(goals)):
                 self._seen[name] = goals
                 self._study.add_trial(
                     optuna.trial.create_trial(
-                        params=known[name], distributions=self._space, values=list(goals)
+                        params=done[name], distributions=self._space, values=list(goals)
                     )
                 )
 

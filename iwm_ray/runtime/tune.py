@@ -376,7 +376,8 @@ class _Trial(tune.Trainable):
     def _end(self) -> None:
         """Asks the training, and the finetuning, to save and stop, and waits: then nothing of it is left, in this process
         or on the cluster. What the scheduler stops it would stop again, so that is noted at once."""
-        is_judged = self._thread is not None and self._thread.is_alive() and not self._is_stopped
+        is_running = self._thread is not None and self._thread.is_alive()
+        is_judged = self._asha is not None and is_running and not self._is_stopped
         while self._thread is not None and self._thread.is_alive():
             # Again and again: what begins only now has cleared the request of an earlier start.
             for folder in (self._job.run.path, *self._job.run.path.glob("finetune/*/")):

@@ -158,7 +158,9 @@ class Segmentation(Tuning):
         if not arm.is_choice and not self.pictured(arm.family).exists():
             shown = predict(tuned, self.test, self.pictured_places, action_dim, config.runtime)[2]
             self.pictured(arm.family).parent.mkdir(exist_ok=True)
-            np.save(self.pictured(arm.family), shown.numpy())
+            staged = self.pictured(arm.family).with_name(f".{arm.name}.npy")  # arms may run beside each other
+            np.save(staged, shown.numpy())
+            staged.replace(self.pictured(arm.family))
         if self.keeps(arm):
             names, model = self.train.classes.names, self.trained.load()
             segmenter.save(self.adapter(arm), tuned, self.trained, model, config, names)

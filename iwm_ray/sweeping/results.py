@@ -10,6 +10,7 @@ judged by the same ones, whose chance the seeds' spread does not hold.
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -228,8 +229,8 @@ def in_grid_order(results: Sequence[Result], known: Mapping[str, Point]) -> list
 def _comparable(results: Sequence[Result]) -> list[Result]:
     """Without the kNN of the monitor, on few images and without an interval, and without finetunings that only some of the
     tuned trials have: a mean over other tasks is another figure."""
-    tasks = [set(_tasks(result)) for result in results if _tasks(result)]
-    shared = set.intersection(*tasks) if tasks else set()
+    tasks = Counter(task for result in results for task in _tasks(result))
+    shared = [task for task, count in tasks.items() if count == max(tasks.values())]
 
     def is_kept(result: Result, name: str) -> bool:
         if name.startswith(KNN.metric):
@@ -242,9 +243,10 @@ def _comparable(results: Sequence[Result]) -> list[Result]:
     ]
 
 
-def _tasks(result: Result) -> list[str]:
-    """What a trial was finetuned for."""
-    return [name.split("/")[1] for name in result.metrics if name.startswith("finetune/")]
+def _tasks(result: Result) -> set[str]:
+    """What a trial was finetuned for, and is judged by."""
+    judged = [_pattern(outcome.metric) for outcome in OUTCOMES if outcome.metric.startswith("finetune/")]
+    return {name.split("/")[1] for name in result.metrics if any(each.fullmatch(name) for each in judged)}
 
 
 def compared(results: Sequence[Result]) -> list[str]:
@@ -314,19 +316,16 @@ def _effect(groups: Sequence[Configuration], axis: str, metric: str, pairs: int)
         others = frozenset(item for item in group.point.items() if item[0] != axis)
         settings.setdefault(others, {})[group.point.get(axis, "")] = group
     names = in_order(list(dict.fromkeys(group.point.get(axis, "") for group in groups)))
-    # Of an unfinished grid the rest would mix the effects of the other axes into this one's.
-    whole = [row for row in settings.values() if len(row) == len(names)]
-    rows = whole or list(settings.values())
-    levels = [_levels(row, metric) for row in rows]
-    values = {name: [level[name] for level in levels if name in level] for name in names}
+    # Of an unfinished grid the rest would mix the effects of the other axes, or of the seeds, into this one's.
+    whole = [row for row in settings.values() if len(row) == len(names) and _shared_seeds(row, metric)]
+    levels = [_levels(row, metric) for row in whole or settings.values()]
+    values = {name: [float(np.mean(level[name])) for level in levels if name in level] for name in names}
     effect = Effect(axis, metric, values, bool(whole), math.nan, math.nan)
     smallest, largest = effect.ends
     differences = [
-        figure - row[smallest].by_seed(metric)[seed]
-        for row in rows
-        if smallest in row and largest in row
-        for seed, figure in row[largest].by_seed(metric).items()
-        if seed in row[smallest].by_seed(metric)
+        more - less
+        for level in levels * bool(whole)
+        for less, more in zip(level[smallest], level[largest], strict=True)
     ]
     if len(differences) < FEWEST_SEEDS:
         return effect
@@ -334,11 +333,16 @@ def _effect(groups: Sequence[Configuration], axis: str, metric: str, pairs: int)
     return replace(effect, low=low, high=high)
 
 
-def _levels(row: Mapping[str, Configuration], metric: str) -> dict[str, float]:
-    """The figure of each configuration over the seeds that all of them have; over its own where they share none."""
+def _shared_seeds(row: Mapping[str, Configuration], metric: str) -> list[int]:
+    """The seeds that all configurations of a row have."""
+    return sorted(set.intersection(*(set(group.by_seed(metric)) for group in row.values())))
+
+
+def _levels(row: Mapping[str, Configuration], metric: str) -> dict[str, list[float]]:
+    """The figures of each configuration, of the seeds that all have; of its own where they share none."""
     found = {name: group.by_seed(metric) for name, group in row.items()}
-    shared = set.intersection(*(set(each) for each in found.values()))
-    return {name: float(np.mean([each[seed] for seed in shared or each])) for name, each in found.items()}
+    shared = _shared_seeds(row, metric)
+    return {name: [each[seed] for seed in shared or each] for name, each in found.items()}
 
 
 def axes_of(groups: Sequence[Configuration]) -> list[str]:
