@@ -25,6 +25,7 @@ from iwm_ray.sweeping.space import Point, Sweep, Trial
 
 Status = Literal["finished", "stopped", "failed", "begun", "new"]
 DONE = "trial.json"
+_MEND = "remove it, and the sweep's command writes it again"
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UsageError(f"{path}: holds no JSON object; {_MEND}")
     return found
-
-
-_MEND = "remove it, and the sweep's command writes it again"
 
 
 def _read(path: Path) -> dict[str, Any]:
