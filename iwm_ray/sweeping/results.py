@@ -322,10 +322,9 @@ def _effect(groups: Sequence[Configuration], axis: str, metric: str, pairs: int)
     values = {name: [float(np.mean(level[name])) for level in levels if name in level] for name in names}
     effect = Effect(axis, metric, values, bool(whole), math.nan, math.nan)
     smallest, largest = effect.ends
+    paired = levels if whole else []
     differences = [
-        more - less
-        for level in levels * bool(whole)
-        for less, more in zip(level[smallest], level[largest], strict=True)
+        more - less for level in paired for less, more in zip(level[smallest], level[largest], strict=True)
     ]
     if len(differences) < FEWEST_SEEDS:
         return effect
