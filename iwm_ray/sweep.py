@@ -272,6 +272,12 @@ def _check_search(options: argparse.Namespace) -> None:
         raise UsageError("--search optuna: optuna is not installed; pip install 'iwm_ray[sweep]'")
     if options.asha:
         raise UsageError("--search optuna has two goals, and --asha follows one metric; drop one of them")
+    if len(options.seeds or ()) > 1:
+        given = " ".join(map(str, options.seeds))
+        raise UsageError(
+            f"--seeds {given}: a seed is nothing to search for; give one with --search optuna, and more seeds of what it "
+            "finds by a grid"
+        )
 
 
 def _check_finetuning(sweep: Sweep, config: Config) -> None:

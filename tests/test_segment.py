@@ -282,6 +282,17 @@ def test_a_dry_run_creates_nothing(clean_run, shapes, tmp_path, capsys):
     assert "64 pixels, 2 classes" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+def test_the_size_of_pretraining_needs_no_name(clean_run, shapes):
+    config = SegmentConfig(data=SegmentDataConfig(**paths(shapes)))
+
+    def opened(size):
+        asked = config.model_copy(update={"image_size": size})
+        return Segmentation.open(Trained.open(clean_run), asked, None)
+
+    assert opened(32).name == opened(0).name and opened(32).config.ways == ()
+    assert opened(64).name != opened(0).name and opened(64).config.ways == ("64_pixels",)
+
+
 def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path, capsys):
     (tmp_path / "bad.json").write_text("[1]")
     (tmp_path / "empty").mkdir()

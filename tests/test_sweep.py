@@ -89,6 +89,7 @@ def test_a_finetuning_without_its_data_is_refused_before_anything_is_trained(pla
         (["--search", "random", "--trials", "-2"], "--trials -2: needs 1 or more"),
         (["--max-failures", "-1"], "--max-failures -1: needs 0 or more"),
         (["--at-once", "-1"], "--at-once -1: needs 0 or more"),
+        (["--search", "optuna", "--trials", "1", "--seeds", "0", "1"], "--seeds 0 1: a seed is nothing to search for"),
         (["--asha", "mrr/mrr"], "--asha mrr/mrr: no metric that a training writes .* monitor/knn_top1"),
         (["--asha", "monitor/rankme", "--smoke"], "from step 200 on.* has 12 steps; set --monitor.every-steps to 1"),
         (["--asha", "monitor/rankme", "--monitor.every-steps", "251"], "from step 502 on.* has 500 steps"),

@@ -202,7 +202,12 @@ def attach(folder: Path, encoder: Encoder) -> Tuned:
 def load(folder: Path, task: str = "", run: Path | None = None) -> Classifier:
     """See `iwm_ray.load`."""
     facts = _read_facts(folder)
-    if (not task and len(facts.tasks) > 1) or (task and task not in facts.tasks):
+    if not task and len(facts.tasks) > 1:
+        names = list(facts.tasks)
+        raise UsageError(
+            f"the adapter {folder} has several tasks ({', '.join(names)}); give --task {names[0]}"
+        )
+    if task and task not in facts.tasks:
         raise UsageError(
             f"task {task!r}: the adapter {folder} has {', '.join(facts.tasks)}; choose one of them"
         )

@@ -58,6 +58,8 @@ class Segmentation(Tuning):
             UsageError: data or settings that don't fit.
         """
         size = image_size(trained, config)
+        if size == trained.config.views.image_size:
+            config = config.model_copy(update={"image_size": 0})  # the same, said in another way
         train, test = open_pairs(config, trained.config, size, cache_of(trained, config))
         task = _task_name(config.data.path)
         folder = output or trained.run.path / "finetune" / f"segment-{task}"

@@ -97,9 +97,9 @@ def test_another_encoder_is_refused_with_both_hashes(save, model):
 
 def test_tasks_have_to_be_named(save):
     _, folder = save(tasks=("photos", "digits"))
-    with pytest.raises(UsageError, match="has photos, digits; choose one"):
+    with pytest.raises(UsageError, match=r"several tasks \(photos, digits\); give --task photos"):
         iwm_ray.load(folder)
-    with pytest.raises(UsageError, match="task 'birds'"):
+    with pytest.raises(UsageError, match="task 'birds': .* has photos, digits; choose one"):
         iwm_ray.load(folder, task="birds")
     assert iwm_ray.load(folder, task="digits").task == "digits"
 
