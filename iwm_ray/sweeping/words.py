@@ -34,9 +34,9 @@ def reading(results: Sequence[Result], groups: Sequence[Configuration], waiting:
     return [
         *_what_there_is(results, groups, waiting),
         *_range(groups),
-        *_related(relations(groups)),
         *_on_mrr(groups),
         *_on_outcomes(groups),
+        *_related(relations(groups)),
         *_seeds(groups),
     ]
 
