@@ -116,10 +116,9 @@ class Report:
         group, metric = dial(self.groups, want)
         value = figure(group.mean(metric), group.interval(metric))
         seeds = ", ".join(figure(each) for each in group.seeds(metric))
-        low, high = (each.mean(MRR) for each in span(self.groups) or (group, group))
-        beyond = ""
-        if isinstance(want, float) and not low <= want <= high:
-            beyond = f"; the known range is {figure(low)} to {figure(high)}"
+        known, beyond = [each.mean(MRR) for each in span(self.groups)], ""
+        if isinstance(want, float) and known and not known[0] <= want <= known[1]:
+            beyond = f"; the known range is {figure(known[0])} to {figure(known[1])}"
         wish = f"nearest to MRR {want:g}" if isinstance(want, float) else want
         return [
             f"{wish}, of {counted(len(sound(self.groups)), 'known configuration')}: {group.title}{beyond}",

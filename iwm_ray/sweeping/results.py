@@ -466,7 +466,7 @@ def _why_unknown(groups: Sequence[Configuration], want: str | float) -> str:
     if want in ENDS and span(groups):
         return f"{option}: the highest MRR is not above chance, so the map has no ends; train longer"
     if want in ENDS:
-        return f"{option}: one configuration with an MRR makes no map; add values to an axis"
+        return f"{option}: one configuration with an MRR makes no map; finish the sweep, or add values to an axis"
     if want == "best-finetuned":
         return (
             f"{option}: no predictor was finetuned; the sweep's command with --finetune.tune predictor (without "
