@@ -12,7 +12,7 @@ finetuning).
 
     python sweeps/spectrum.py                                           photographs, a first look
     python sweeps/spectrum.py --size cifar10 --data.path train.parquet --data.test-path test.parquet
-    python sweeps/spectrum.py --size imagenet --data.path s3://... --runtime.num-workers 8 --dry-run
+    python sweeps/spectrum.py --size imagenet --data.path s3://... --runtime.num-workers 8 --dry-run   also without GPUs
     python sweeps/spectrum.py --report runs/sweeps/spectrum-cifar10     the report alone, from the folder
     python sweeps/spectrum.py --report spectrum --tracking.uri http://mlflow:5000     or from MLflow alone
     python sweeps/spectrum.py --report runs/sweeps/spectrum-cifar10 --want-mrr 0.5

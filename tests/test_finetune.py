@@ -254,7 +254,7 @@ def test_another_finetuning_in_the_same_folder_is_refused(finetuned, clean_run, 
     [
         ([], ["--data.path is missing"]),
         (["--data.path", "photos_tiny"], ["--data.test-path is missing"]),
-        ([*PHOTOS, "--tune", "hed"], ["tune.0 'hed'", "'predictor', 'encoder' or 'both'"]),
+        ([*PHOTOS, "--tune", "hed"], ["tune 'hed'", "'predictor', 'encoder' or 'both'"]),
         ([*PHOTOS, "--epochs", "0"], ["epochs '0'", "greater than 0"]),
         ([*PHOTOS, "--hed", "linear"], ["--hed", "did you mean '--head'"]),
         (["--data.path", "photos_tiny", "--data.test-path", "photos_tiny"], ["holds the training images"]),
