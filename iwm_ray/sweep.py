@@ -273,9 +273,8 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
     room = find_room(trials[0].config, gpus, max(1, len(left)), options.at_once)
     done = [trial for trial in trials if trial not in left]
     work = cost(sweep, left or trials[:1], done, directory)
-    _check_finetuning(
-        sweep, trials[0].config
-    )  # the data itself is there: now it is finetuning that lacks something
+    # After the cost, which has opened the training images: what is missing now is finetuning's.
+    _check_finetuning(sweep, trials[0].config)
     num_samples = 0
     if options.search == "optuna":
         num_samples = max(0, min(options.trials - (len(trials) - len(left)), len(left)))
