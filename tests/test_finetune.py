@@ -254,7 +254,7 @@ def test_another_finetuning_in_the_same_folder_is_refused(finetuned, clean_run, 
     [
         ([], ["--data.path is missing"]),
         (["--data.path", "photos_tiny"], ["--data.test-path is missing"]),
-        ([*PHOTOS, "--tune", "hed"], ["tune.0 'hed'", "'predictor', 'encoder' or 'both'"]),
+        ([*PHOTOS, "--tune", "hed"], ["tune 'hed'", "'predictor', 'encoder' or 'both'"]),
         ([*PHOTOS, "--epochs", "0"], ["epochs '0'", "greater than 0"]),
         ([*PHOTOS, "--hed", "linear"], ["--hed", "did you mean '--head'"]),
         (["--data.path", "photos_tiny", "--data.test-path", "photos_tiny"], ["holds the training images"]),
@@ -322,6 +322,19 @@ def test_test_images_that_are_trained_on(clean_run, digits, tmp_path, capsys):
 def test_a_folder_that_is_no_run(tmp_path, capsys):
     assert finetune(tmp_path, *PHOTOS) == 2
     assert "no config.json" in capsys.readouterr().err
+
+
+def test_arms_can_do_without_runs_of_their_own_in_mlflow(clean_run, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    run, store = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    shutil.copytree(clean_run, run)
+    options = ["--seeds", 0, "--tracking.uri", store, "--tracking.arms", "false"]
+    assert finetune(run, *PHOTOS, *SMALL, *options) == 0
+    client = MlflowClient(tracking_uri=store)
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    (alone,) = client.search_runs(experiments)
+    assert "finetune/photos_tiny/top1" in alone.data.metrics
 
 
 def test_arms_are_children_of_the_run_in_mlflow(clean_run, tmp_path):
