@@ -52,7 +52,8 @@ from iwm_ray.sweeping.results import (
     table,
 )
 from iwm_ray.sweeping.space import Point, short_names, short_words
-from iwm_ray.sweeping.words import counted, effect_words, figure, reading, relations
+from iwm_ray.sweeping.words import effect_words, figure, reading, relations
+from iwm_ray.wording import counted
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from iwm_ray.sweeping.results import (
     span,
 )
 from iwm_ray.sweeping.space import short_names, short_words
+from iwm_ray.wording import counted
 
 
 def reading(results: Sequence[Result], groups: Sequence[Configuration], waiting: int = 0) -> list[str]:
@@ -99,11 +100,6 @@ def figure(value: float, ends: tuple[float, float] | None = None, percent: bool 
     if ends:
         text += f" ({scale * ends[0]:.{digits}f} to {scale * ends[1]:.{digits}f})"
     return text.replace("-", "−")
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 trial`, `2 trials`"""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _within(text: str) -> str:
