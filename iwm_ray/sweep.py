@@ -26,6 +26,7 @@ from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.results import MRR, OUTCOMES, Result, compared
 from iwm_ray.sweeping.space import SEED, Size, Sweep, Trial, choose, short_names
 from iwm_ray.training.metrics_log import MetricsLog
+from iwm_ray.wording import counted
 
 if TYPE_CHECKING:
     from iwm_ray.runtime.tracking import NullTracker
@@ -73,7 +74,7 @@ def _main(define: Define, arguments: Sequence[str]) -> None:
     failed = list(directory.failures().values())
     if failed:
         names = "; ".join(f"{each['title']}: {each['reason']}" for each in failed)
-        raise RunError(f"{len(failed)} trials failed, the same command tries them again: {names}")
+        raise RunError(f"{counted(len(failed), 'trial')} failed, the same command tries again: {names}")
 
 
 # ---- the command line ----
@@ -390,7 +391,11 @@ def plan_lines(plan: Plan) -> list[str]:
         + (f", {trained} more trained" if trained else "")
         + chosen,
         f"  measured   {' '.join(sweep.measure.tasks)}"
-        + (f"; finetuned: {' '.join(tuned.tune)}, with controls, {len(tuned.seeds)} seeds" if tuned else ""),
+        + (
+            f"; finetuned: {' '.join(tuned.tune)}, with controls, {counted(len(tuned.seeds), 'seed')}"
+            if tuned
+            else ""
+        ),
         f"  resources  {plan.room.line}",
         f"  work       {plan.work}",
         f"  time       {plan.time}",

@@ -154,7 +154,7 @@ def test_a_failing_trial_is_named_and_the_rest_is_done_once(
     said = capsys.readouterr()
     reason = f"{blocked}: is a file where the trial's folder belongs; remove it"
     title = "predictor.conditioning=none seed=1"
-    assert "1 trials failed" in said.err and f"{title}: {reason}" in said.err
+    assert "1 trial failed" in said.err and f"{title}: {reason}" in said.err
     assert f"again {title}: attempt 1 of 2 failed: {reason}" in said.out
     assert f"/2 {title}: attempt 2 of 2 failed: {reason}" in said.out
     assert tune_errors == []  # no tracebacks of Ray's
