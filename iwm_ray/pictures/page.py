@@ -40,9 +40,12 @@ class Section:
     """letters, digits and hyphens: the anchor"""
     title: str
     caption: str
+    """empty: none"""
     pictures: tuple[Picture, ...]
     table: tuple[tuple[str, ...], ...] = ()
     """rows of cells, the first one the heads; after the pictures"""
+    points: tuple[str, ...] = ()
+    """a list of sentences; after the caption"""
 
 
 def build_page(
@@ -105,6 +108,8 @@ dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 nav ol { columns: 2 18rem; margin: 0; padding-left: 1.4rem; }
 nav, section, details { border-top: 1px solid var(--line); padding-top: 1.2rem; margin-top: 1.6rem; }
+ul { margin: 0 0 .9rem; padding-left: 1.2rem; max-width: 62rem; }
+li { margin-bottom: .3rem; }
 .caption { margin: 0 0 .9rem; max-width: 48rem; }
 .sheet { overflow-x: auto; margin: 0 0 1rem; background: #fff; border: 1px solid var(--line); border-radius: .4rem; }
 .sheet:focus-visible { outline: 3px solid var(--link); }
@@ -157,7 +162,16 @@ summary { cursor: pointer; font-weight: 600; }
 {% for section in sections %}
 <section id="{{ section.name }}">
 <h2>{{ section.title }}</h2>
+{% if section.caption %}
 <p class="caption">{{ section.caption }}</p>
+{% endif %}
+{% if section.points %}
+<ul>
+{% for point in section.points %}
+<li>{{ point }}</li>
+{% endfor %}
+</ul>
+{% endif %}
 {% if section.pictures %}
 <p class="hint">Swipe the picture sideways to see all of it.</p>
 {% endif %}

@@ -249,7 +249,7 @@ class Report:
     # Page
 
     def _page(self, pictures: dict[str, bytes]) -> str:
-        sections = [Section("reading", "What the figures say", " ".join(self.text[2:]), ())]
+        sections = [Section("reading", "What the figures say", "", (), points=tuple(self.text[2:]))]
         sections += [
             Section(name, title, caption, (Picture(pictures[name], caption),))
             for name, title, caption in self._captions()

@@ -208,13 +208,14 @@ def _on_outcomes(groups: Sequence[Configuration]) -> list[str]:
 
 
 def _on_outcome(outcome: Outcome, found: Sequence[Effect]) -> str:
-    """`The linear probe is higher with paper than with strong, by 3.4 points (2.0 to 4.8).`"""
+    """`The linear probe is higher with strength paper than strong, by 3.4 points (2.0 to 4.8).`"""
     parts: list[str] = []
     for each in found:
         if each.is_clear:
-            low, high = (_with(each.axis, end) for end in each.ends)
-            unit = "" if parts else " points"
-            parts.append(f"{high} than {low}, by {effect_words(each, True).replace(' ', f'{unit} ', 1)}")
+            low, high = each.ends
+            name, unit = short_names([each.axis])[each.axis], "" if parts else " points"
+            by = effect_words(each, True).replace(" ", f"{unit} ", 1)
+            parts.append(f"with {name} {high} than {low}, by {by}")
     *most, last = parts
     listed = f"{', '.join(most)}, and {last}" if most else last
     return f"{outcome.words[0].upper()}{outcome.words[1:]} is higher {listed}."

@@ -441,10 +441,10 @@ def gains(folder, half: float):
 
 def test_clear_effects_on_what_features_are_good_for_are_said(folder):
     text = " ".join(gains(folder, 0.001).text)
-    assert "The finetuned predictor is higher with feature than with none, by 10.0 points (" in text
-    assert "random one is higher with feature than with none, by 2.0 points (" in text
+    assert "The finetuned predictor is higher with conditioning feature than none, by 10.0 points (" in text
+    assert "random one is higher with conditioning feature than none, by 2.0 points (" in text
     assert "also moves the gain" not in text
-    assert "The linear probe is higher with none than with feature, by 14.0 points (" in text
+    assert "The linear probe is higher with conditioning none than feature, by 14.0 points (" in text
 
 
 def test_an_effect_that_the_control_shares_is_said_so(folder):
