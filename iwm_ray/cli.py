@@ -103,12 +103,12 @@ def validate(tree: dict[str, Any]) -> Config:
     return validate_as(Config, tree)
 
 
-def validate_as(kind: type[AnyConfig], tree: dict[str, Any]) -> AnyConfig:
-    """`validate` for another command's configuration."""
+def validate_as(kind: type[AnyConfig], tree: dict[str, Any], section: str = "") -> AnyConfig:
+    """`validate` for another command's configuration, or for what the options of one section hold."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UsageError(_one_line(error, kind)) from None
+        raise UsageError(_one_line(error, kind, section)) from None
 
 
 def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
@@ -283,10 +283,12 @@ def _read_config(path: Path) -> Config:
     return validate(tree)
 
 
-def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
+def _one_line(error: ValidationError, kind: type[BaseModel], section: str = "") -> str:
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    name = ".".join(path)
+    path = [
+        part for part in first["loc"] if isinstance(part, str)
+    ]  # no places in a tuple: they are no options
+    name = ".".join([section, *path] if section else path)
     if first["type"] == "extra_forbidden":
         return f"unknown setting {name!r}{suggest(path[-1], _siblings(path, kind))}"
     if first["type"] == "value_error":

@@ -14,9 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from iwm_ray.config import Config
 from iwm_ray.errors import UsageError
 
+_MEND = "bring it back, or remove this folder and train it again"
 _LIBRARIES = (
     "iwm_ray",
     "torch",
@@ -95,9 +98,8 @@ class RunDirectory:
         Raises:
             UsageError: not writable, not a run directory, or another configuration's run.
         """
+        self.check_place()
         try:
-            parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-            writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
             # A kill while the run was created leaves dot-files, and the same command must go on.
             strange = self.path.is_dir() and any(
                 not entry.name.startswith(".") for entry in self.path.iterdir()
@@ -105,12 +107,26 @@ class RunDirectory:
             is_run = self.config.exists()
         except OSError as error:
             raise self._refusal(error.strerror) from None
-        if not writable:
-            raise self._refusal(f"{parent} is not a writable folder")
         if is_run:
             self._refuse_other_run(config)
         elif strange:
             raise self._refusal("not empty and not a run directory")
+
+    def check_place(self) -> None:
+        """Refuses, before anything is created, a place where no folder can be made or written.
+
+        Raises:
+            UsageError: it is a file, or in one, or may not be written.
+        """
+        try:
+            parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            is_file, writable = not parent.is_dir(), os.access(parent, os.W_OK | os.X_OK)
+        except OSError as error:
+            raise self._refusal(error.strerror) from None
+        if is_file:
+            raise self._refusal(f"{parent} is a file, not a writable folder")
+        if not writable:
+            raise self._refusal(f"{parent} is not a writable folder")
 
     def create(self, config: Config, data_hash: str) -> None:
         """Writes `config.json` and `environment.json`, which an existing run keeps, and clears what stopped the last start.
@@ -210,9 +226,16 @@ def read_config(run: Path) -> Config:
         raise UsageError(
             f"RUN {run}: no config.json there; give the folder that a training run wrote"
         ) from None
-    except ValueError as error:
+    except UnicodeDecodeError:
+        raise UsageError(f"RUN {run}: config.json is damaged; {_MEND}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise UsageError(f"RUN {run}: config.json is damaged; {_MEND}") from None
+        where = ".".join(map(str, first["loc"]))
         raise UsageError(
-            f"RUN {run}: config.json is not this version's ({str(error).splitlines()[0]})"
+            f"RUN {run}: config.json is another version's ({where}: {first['msg']}); use the version that "
+            "environment.json names, or train it again elsewhere"
         ) from None
 
 

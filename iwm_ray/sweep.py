@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, get_args
 
 from iwm_ray import cli
 from iwm_ray.config import Config, TrackingConfig
-from iwm_ray.driver import Stop, beside
+from iwm_ray.driver import Stop, beside, refuse_workers
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.settings import MeasureConfig
 from iwm_ray.finetuning.settings import FinetuneConfig, FinetuneDataConfig
@@ -53,7 +53,9 @@ def _main(define: Define, arguments: Sequence[str]) -> None:
     options = _parser(sys.modules[define.__module__].__doc__ or "").parse(arguments)
     if options.want_mrr is not None and not 0 <= options.want_mrr <= 1:
         raise UsageError(f"--want-mrr {options.want_mrr:g}: needs a number from 0 to 1")
-    if options.report is not None:
+    if options.report is None:
+        _refuse_dial(options)
+    else:
         _write_report(_open_report(options), options)
         return
     sweep = read_sweep(define, options)
@@ -94,7 +96,9 @@ def _parser(document: str) -> cli.Parser:
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds of every configuration")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print trials, hours and resources; start nothing"
+        "--dry-run",
+        action="store_true",
+        help="print trials, work, hours and resources, also those that this machine lacks; start nothing",
     )
     parser.add_argument("--smoke", action="store_true", help="one tiny value of each axis")
     parser.add_argument("--no-finetune", action="store_true", help="leave out predictor finetuning")
@@ -105,9 +109,14 @@ def _parser(document: str) -> cli.Parser:
         "--tracking.uri or of that store's URI (with --tracking.experiment) or of the id of a sweep's MLflow run",
     )
     parser.add_argument(
-        "--want-mrr", type=float, metavar="X", help="name the known configuration nearest to this MRR"
+        "--want-mrr",
+        type=float,
+        metavar="X",
+        help="of a report: name the known configuration nearest to this MRR",
     )
-    parser.add_argument("--want", choices=WANTED, help="name the known configuration that is best at this")
+    parser.add_argument(
+        "--want", choices=WANTED, help="of a report: name the known configuration that is best at this"
+    )
     _add_search(parser.add_argument_group("search and resources"))
     cli.add_common_options(parser)
     cli.add_settings(parser, Config)
@@ -140,9 +149,8 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gpus-per-trial",
         type=float,
-        default=1.0,
         metavar="X",
-        help="1, 0.5, 0.25 ...: small trials share a GPU",
+        help="1, 0.5, 0.25 ...: small trials (engine local) share a GPU; default 1",
     )
 
 
@@ -160,9 +168,10 @@ def read_sweep(define: Define, options: argparse.Namespace) -> Sweep:
         UsageError: a value is wrong.
     """
     sweep = define(options.size)
+    _refuse_ignored(sweep, options)
     tree = {"measure": sweep.measure.model_dump()} | sweep.base.model_dump()
     cli.override(tree, options)
-    measure = cli.validate_as(MeasureConfig, tree.pop("measure"))
+    measure = cli.validate_as(MeasureConfig, tree.pop("measure"), "measure")
     finetune = _read_finetune(sweep.finetune, tree.pop("finetune", {}))
     sweep = replace(sweep, base=cli.validate(tree), measure=measure, finetune=finetune)
     if options.seeds:
@@ -177,8 +186,33 @@ def _read_finetune(usual: FinetuneConfig | None, given: dict[str, object]) -> Fi
     if not given:
         return usual
     tree = (usual or FinetuneConfig()).model_dump()
-    tree["data"] |= {name: given.pop(name) for name in FINETUNED_ON if name in given}
-    return cli.validate_as(FinetuneConfig, tree | given)
+    data = tree["data"] | {name: given.pop(name) for name in FINETUNED_ON if name in given}
+    tree["data"] = cli.validate_as(FinetuneDataConfig, data, "finetune")
+    return cli.validate_as(FinetuneConfig, tree | given, "finetune")
+
+
+def _refuse_dial(options: argparse.Namespace) -> None:
+    """What is asked of a report must not start days of training."""
+    for name in ("want_mrr", "want"):
+        value = getattr(options, name)
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: asks a report; give --report DIR")
+
+
+def _refuse_ignored(sweep: Sweep, options: argparse.Namespace) -> None:
+    """What is given on the command line but would have no effect."""
+    for name, value in vars(options).items():
+        section, dot, _ = name.partition(".")
+        words = " ".join(map(str, value)) if isinstance(value, list) else value
+        given = f"--{name.replace('_', '-')} {words}"
+        for axis in sweep.axes:
+            if dot and name in axis.settings:
+                raise UsageError(
+                    f"{given}: is set by the axis {axis.name} of this sweep ({', '.join(axis.values)}); drop it, or change "
+                    "the axis in the sweep's document"
+                )
+        if dot and section == "finetune" and options.no_finetune:
+            raise UsageError(f"{given}: --no-finetune leaves finetuning out; drop one of them")
 
 
 def default_output(sweep: Sweep, options: argparse.Namespace) -> Path:
@@ -203,12 +237,15 @@ class Plan:
     asha: "Asha | None"
     max_failures: int
     room: "Room"
+    work: str
+    """arithmetic of what is left, in words"""
     time: str
     """of what is left, in words"""
 
 
 def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespace) -> Plan:
-    """Checks all there is to check before anything starts; opens the data, whose index the trials then share.
+    """Checks all there is to check before anything starts; opens the data, whose index the trials then share. A dry run
+    may lack resources: it plans what is to be run elsewhere.
 
     Raises:
         UsageError: an axis, a value, the data, the search or the resources.
@@ -224,15 +261,21 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
     if options.search == "random":
         trials = choose(trials, options.trials, sweep.base.seed)
     directory.refuse_other(sweep, trials)
-    _check_finetuning(sweep, trials[0].config)
+    _check_resources(options, trials[0].config)
+    _check_paths(sweep, trials[0].config)
     left = [
         trial
         for trial in trials
         if directory.status(sweep, trial, keep_stopped=bool(options.asha)) not in ("finished", "stopped")
     ]
-    room = tune.make_room(trials[0].config, options.gpus_per_trial, max(1, len(left)), options.at_once)
+    find_room = tune.look_for_room if options.dry_run else tune.make_room
+    gpus = 1.0 if options.gpus_per_trial is None else options.gpus_per_trial
+    room = find_room(trials[0].config, gpus, max(1, len(left)), options.at_once)
     done = [trial for trial in trials if trial not in left]
     work = cost(sweep, left or trials[:1], done, directory)
+    _check_finetuning(
+        sweep, trials[0].config
+    )  # the data itself is there: now it is finetuning that lacks something
     num_samples = 0
     if options.search == "optuna":
         num_samples = max(0, min(options.trials - (len(trials) - len(left)), len(left)))
@@ -247,7 +290,8 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
         _asha(options.asha, trials[0].config, work.steps) if options.asha else None,
         options.max_failures,
         room,
-        work.line(trials[0].config, room.at_once),
+        work.work,
+        work.line(trials[0].config, room.at_once, elsewhere=bool(room.problem)),
     )
 
 
@@ -280,6 +324,32 @@ def _check_search(options: argparse.Namespace) -> None:
         )
 
 
+def _check_resources(options: argparse.Namespace, config: Config) -> None:
+    """What would be asked in vain."""
+    if config.runtime.engine == "local":
+        refuse_workers(config)
+    if options.gpus_per_trial is None:
+        return
+    given = f"--gpus-per-trial {options.gpus_per_trial:g}"
+    if not config.runtime.use_gpu:
+        raise UsageError(f"{given}: these trials use no GPU; add --runtime.use-gpu true, or drop it")
+    if config.runtime.engine == "ray":
+        raise UsageError(
+            f"{given}: engine ray gives each worker a whole GPU; set --runtime.engine local, or drop it"
+        )
+
+
+def _check_paths(sweep: Sweep, config: Config) -> None:
+    """All that is missing at once."""
+    if config.data.path:
+        return
+    tuned = sweep.finetune is not None and not sweep.finetune.data.path and not config.data.test_path
+    more = " and, for finetuning, --data.test-path (or --no-finetune)" if tuned else ""
+    raise UsageError(
+        f"recipe {config.recipe} needs --data.path{more}: a class-folder tree, Parquet file(s) or WebDataset shards"
+    )
+
+
 def _check_finetuning(sweep: Sweep, config: Config) -> None:
     """A trial must not train for hours before it is found that nothing can be tuned."""
     from iwm_ray.trial import check_finetuning
@@ -309,16 +379,21 @@ def plan_lines(plan: Plan) -> list[str]:
     """What is printed before anything starts."""
     sweep, tuned = plan.sweep, plan.sweep.finetune
     trained = sum(plan.directory.training(trial.hash) == "finished" for trial in plan.left)
+    chosen = f"; {plan.search} chooses {plan.num_samples}" if plan.num_samples else ""
+    if plan.search == "random":
+        count, points = len(plan.trials), len(sweep.trials())
+        chosen = f"; random chooses {'all' if count == points else f'{count} of'} {points} points"
     lines = [
         f"sweep {sweep.name}: {plan.directory.path}",
         f"  question   {sweep.question}",
         *(f"  axis       {axis.name}: {', '.join(axis.values)}" for axis in sweep.axes),
         f"  trials     {len(plan.trials)}, {len(plan.trials) - len(plan.left)} of them done"
         + (f", {trained} more trained" if trained else "")
-        + (f"; {plan.search} chooses {plan.num_samples}" if plan.num_samples else ""),
+        + chosen,
         f"  measured   {' '.join(sweep.measure.tasks)}"
         + (f"; finetuned: {' '.join(tuned.tune)}, with controls, {len(tuned.seeds)} seeds" if tuned else ""),
         f"  resources  {plan.room.line}",
+        f"  work       {plan.work}",
         f"  time       {plan.time}",
     ]
     if plan.asha:
@@ -329,22 +404,36 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def _open_report(options: argparse.Namespace) -> "Report":
-    """From a folder, or from MLflow where there is none of that name."""
+    """From a folder, or from MLflow where there are no trials in a folder of that name."""
     from iwm_ray.sweeping.report import Report
 
-    if Path(options.report).is_dir():
-        return Report.open(Path(options.report))
+    place = Path(options.report)
+    if SweepDirectory(place).holds_any():
+        return Report.open(place)
+    if place.is_file():
+        raise UsageError(
+            f"--report {options.report}: is a file; give a sweep's folder, or a store as sqlite:///{place.absolute()}"
+        )
     if importlib.util.find_spec("mlflow") is None:
         raise UsageError(
-            f"--report {options.report}: no such folder, and MLflow is not installed; give a folder"
+            f"--report {options.report}: no trials there, and MLflow is not installed; give the folder of a sweep, or one "
+            "of run directories"
         )
     from iwm_ray.runtime.tracked import read_report
 
     tree: dict[str, dict[str, object]] = {}
     cli.override(tree, options)
-    return read_report(
-        options.report, cli.validate_as(TrackingConfig, tree.get("tracking", {})), options.output
-    )
+    usual = cli.validate_as(TrackingConfig, tree.get("tracking", {}), "tracking")
+    try:
+        return read_report(options.report, usual, options.output)
+    except UsageError as error:
+        if not place.is_dir():
+            raise
+        reason = str(error).removeprefix(f"--report {options.report}: ").removeprefix("no such folder; ")
+        raise UsageError(
+            f"--report {options.report}: no trials in that folder (a sweep's has them, or one of run directories); MLflow: "
+            f"{reason}"
+        ) from None
 
 
 def _write_report(report: "Report", options: argparse.Namespace) -> None:
@@ -395,6 +484,7 @@ def run(plan: Plan, debug: bool = False) -> None:
                 searcher=searcher,
                 num_samples=plan.num_samples,
                 say=lambda line: print(line, flush=True),
+                debug=debug,
             )
             with stop.listening():
                 beside(lambda: None, run_trials)

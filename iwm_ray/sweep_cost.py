@@ -26,6 +26,7 @@ Work = dict[str, float]
 
 _SHARES = (0.8, 0.25)  # of the rate of large matrix products: measured 0.3 at 32 px, 0.8 at 224 px
 _GPU = 1e15
+_UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("FLOP", 1))
 _CONTROLS = 3  # banks, their controls and the way back: predictions of each target
 _PAIRS = 8  # views of an image by which the action is read, and of which predictions are judged
 _DRAWN = 16  # actions over which `marginal` takes the mean
@@ -43,9 +44,23 @@ class Cost:
     rates: Mapping[str, float]
     """part -> FLOP/s of the trials that are done"""
 
-    def line(self, config: Config, at_once: int) -> str:
-        """The time of everything that is left, in words, and the figures behind them."""
-        if config.runtime.use_gpu:
+    @property
+    def work(self) -> str:
+        """The arithmetic of everything that is left, in words: the same wherever it is done."""
+        total = sum(self.left.values())
+        name, unit = next((name, unit) for name, unit in _UNITS if total >= unit or unit == 1)
+        parts = ", ".join(f"{work / unit:,.1f} {PARTS[part]}" for part, work in self.left.items() if work)
+        return f"{total / unit:,.1f} {name} ({parts}), matrix products alone"
+
+    def line(self, config: Config, at_once: int, elsewhere: bool = False) -> str:
+        """The time of everything that is left, in words, and the figures behind them.
+
+        Args:
+            config: of a trial.
+            at_once: trials beside each other.
+            elsewhere: not on this machine; so at a GPU's pace.
+        """
+        if config.runtime.use_gpu or elsewhere:
             hours = {part: work / _GPU / 3600 for part, work in self.left.items()}
             words = ", ".join(f"{value:,.1f} {PARTS[part]}" for part, value in hours.items() if value)
             return f"{sum(hours.values()):,.1f} GPU-hours at 1000 TFLOP/s ({words}); expect 20 to 50 % of a GPU's peak"

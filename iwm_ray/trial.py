@@ -35,6 +35,8 @@ def run_trial(job: Job) -> None:
         UsageError, RunError: it failed; what it has done stays and counts in the next attempt.
     """
     run, seconds, config = job.run, {}, job.trial.config
+    if run.path.is_file():
+        raise UsageError(f"{run.path}: is a file where the trial's folder belongs; remove it")
     is_first = not run.attempts.exists()
     begin = time.monotonic()
     outcome = train(config, run, job.tags)

@@ -48,6 +48,7 @@ def test_a_recorded_configuration_repeats_the_run(tmp_path):
         (["--config", "missing.json"], ["--config missing.json", "No such file"]),
         (["photos_tiny", "--config", "x.json"], ["photos_tiny", "--config x.json", "drop one"]),
         (["--optimizer.global-batch-size", "6", "--runtime.num-workers", "4"], ["[1, 2, 3, 6]"]),
+        (["--views.crop-scale", "0.5", "x"], ["views.crop_scale 'x'"]),
         (["--schedule.momentum-start", "1.5"], ["schedule.momentum_start '1.5'", "less than or equal to 1"]),
         (["--runtime.num-workers", "0"], ["runtime.num_workers '0'", "greater than 0"]),
         (["--steps", "-3"], ["schedule.steps '-3'", "greater than or equal to 0"]),

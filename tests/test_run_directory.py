@@ -156,13 +156,24 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"recipe": "x", "unknown": 1}'])
-def test_what_is_no_run_is_refused_in_one_line(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no config.json there; give the folder that a training run wrote"),
+        (b"{", "config.json is damaged; bring it back, or remove this folder"),
+        (b"\xff", "config.json is damaged; bring it back, or remove this folder"),
+        (
+            b'{"recipe": "x", "unknown": 1}',
+            r"config.json is another version's \(unknown: .*; use the version",
+        ),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, content, said):
     if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UsageError, match="RUN .*config.json") as raised:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UsageError, match=f"RUN {tmp_path}: {said}") as raised:
         read_config(tmp_path)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and "validation error" not in str(raised.value)
 
 
 def test_the_environment_is_known_without_git(monkeypatch):

@@ -96,6 +96,7 @@ def test_the_pace_of_finished_trials_is_taken(sweep, tmp_path):
     parts = "1 min 40 s training, 20 s measuring, 30 s finetuning"
     assert found.line(sweep.base, 1) == f"2 min 30 s ({parts}) at the pace of 1 finished trials"
     assert found.line(sweep.base, 2).startswith("1 min 15 s")
+    assert "GPU-hours" in found.line(sweep.base, 2, elsewhere=True)
 
 
 def test_what_is_trained_is_not_trained_again(sweep, tmp_path):
@@ -112,4 +113,6 @@ def test_a_gpu_is_counted_in_hours():
     config = Config.model_validate({"recipe": "x", "runtime": {"use_gpu": True}})
     left = {"train": 3600e15, "evaluate": 1800e15, "finetune": 0.0}
     words = Cost(left, 10, 0, {}).line(config, 4)
+    assert Cost(left, 10, 0, {}).work.startswith("5.4 EFLOP (3.6 training, 1.8 measuring)")
+    assert Cost({"train": 2e12}, 10, 0, {}).work.startswith("2.0 TFLOP (2.0 training)")
     assert words.startswith("1.5 GPU-hours at 1000 TFLOP/s (1.0 training, 0.5 measuring); expect")

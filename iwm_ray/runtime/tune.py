@@ -7,6 +7,7 @@ folder (sweeping/record.py).
 import ctypes
 import gc
 import json
+import logging
 import math
 import os
 import shutil
@@ -54,6 +55,8 @@ class Room:
     own_workers: bool
     """whether a trial is a TorchTrainer with workers and data tasks of its own; if not, one process is all of it"""
     line: str
+    problem: str = ""
+    """why not even one trial fits here; empty: it does"""
 
     @property
     def resources(self) -> PlacementGroupFactory:
@@ -95,7 +98,19 @@ def fit(present: Sequence[Node], asked: Asked, most: int) -> int:
 
 
 def make_room(config: Config, gpus: float, num_trials: int, most: int = 0) -> Room:
-    """Checks that trials can run, and how many at once.
+    """`look_for_room` where trials must be able to run.
+
+    Raises:
+        UsageError: as there; or not even one fits.
+    """
+    room = look_for_room(config, gpus, num_trials, most)
+    if room.problem:
+        raise UsageError(room.problem)
+    return room
+
+
+def look_for_room(config: Config, gpus: float, num_trials: int, most: int = 0) -> Room:
+    """Finds out whether trials can run, and how many at once.
 
     Args:
         config: of a trial; all ask for the same.
@@ -104,7 +119,7 @@ def make_room(config: Config, gpus: float, num_trials: int, most: int = 0) -> Ro
         most: the largest number at once; 0: as many as fit.
 
     Raises:
-        UsageError: not even one fits.
+        UsageError: a wrong share of a GPU, or the cluster cannot be reached.
     """
     if not (gpus > 0 and math.isclose(1 / gpus, round(1 / gpus))):
         raise UsageError(f"--gpus-per-trial {gpus:g}: needs 1 or a whole part of it, such as 0.5 or 0.25")
@@ -113,25 +128,24 @@ def make_room(config: Config, gpus: float, num_trials: int, most: int = 0) -> Ro
     limit = max(1, min(num_trials, most or num_trials))
     if ray.is_initialized() or cluster.cluster_address() is not None:
         cluster.connect(config)
-        present, where = cluster.nodes(), "the cluster has"
+        present, where, problem = cluster.nodes(), "the cluster has", None
     else:
         import torch
 
         present, where = [Node("here", cluster.num_cpus(), torch.cuda.device_count())], "this machine has"
         problem = cluster.describe_machine(cluster.num_cpus(), torch.cuda.device_count(), asked)
-        if problem:
-            raise UsageError(problem)
     count = fit(present, asked, limit)
     if count == 0 and ray.is_initialized():
-        raise UsageError(str(cluster.describe(present, asked)))
+        problem = cluster.describe(present, asked)
     count = max(count, 1)  # on a machine of its own one trial may let its data tasks take turns with it
     gpu = f" + {asked.gpus:g} GPU" if asked.gpus else ""
     data = f" + {asked.data_cpus:g} for data" if asked.data_cpus else ""
-    line = (
-        f"{count} at once, each {asked.num_workers} x {asked.cpus:g} CPU{gpu}{data}; {where} "
-        f"{sum(node.cpus for node in present):g} CPUs, {sum(node.gpus for node in present):g} GPUs"
+    each = f"each {asked.num_workers} x {asked.cpus:g} CPU{gpu}{data}"
+    there = (
+        f"{where} {sum(node.cpus for node in present):g} CPUs, {sum(node.gpus for node in present):g} GPUs"
     )
-    return Room(count, asked, config.runtime.engine == "ray", line)
+    line = f"{each}; not here: {problem}" if problem else f"{count} at once, {each}; {there}"
+    return Room(count, asked, config.runtime.engine == "ray", line, problem or "")
 
 
 def connect(config: Config, room: Room, debug: bool = False) -> None:
@@ -185,6 +199,7 @@ def run_trials(
     searcher: Searcher | None = None,
     num_samples: int = 1,
     say: Say = print,
+    debug: bool = False,
 ) -> None:
     """Runs the trials, each at most `max_failures` + 1 times; the results are in the sweep's folder.
 
@@ -198,7 +213,8 @@ def run_trials(
         asha: stops trials early; None: all run to their end.
         searcher: chooses points while it learns from results; None: the jobs' own.
         num_samples: how many the searcher chooses.
-        say: takes a line for each trial that begins, ends or fails.
+        say: takes a line for each trial that ends, and for each attempt that fails.
+        debug: also print the traceback of each failure.
     """
     os.environ.setdefault(
         "RAY_AIR_NEW_OUTPUT", "0"
@@ -206,6 +222,9 @@ def run_trials(
     os.environ.setdefault(
         "TUNE_DISABLE_STRICT_METRIC_CHECKING", "1"
     )  # a finished trial may end without its metric
+    # Ray's tracebacks of what `_Lines` names; and its own list of trials that failed.
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "1" if debug else "0"
+    logging.getLogger("ray.tune.tune").setLevel(logging.NOTSET if debug else logging.CRITICAL)
     pattern = jobs[0]
     points = [job.trial.point for job in jobs]
     folder = tempfile.mkdtemp(prefix="iwm-tune-")
@@ -225,7 +244,7 @@ def run_trials(
             storage_path=folder,
             failure_config=FailureConfig(max_failures=max_failures),
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[_Lines(pattern, num_samples if searcher else len(jobs), say)],
+            callbacks=[_Lines(pattern, num_samples if searcher else len(jobs), max_failures + 1, say)],
             verbose=0,
         ),
     )
@@ -399,9 +418,11 @@ def _return_memory() -> None:
 class _Lines(Callback):
     """A line for each trial that ends; and the failures that no process could note itself, since it died."""
 
-    def __init__(self, pattern: Job, count: int, say: Say) -> None:
-        self._pattern, self._count, self._say = pattern, count, say
+    def __init__(self, pattern: Job, count: int, attempts: int, say: Say) -> None:
+        self._pattern, self._count, self._attempts_each, self._say = pattern, count, attempts, say
         self._ended = 0
+        self._failed: dict[str, int] = {}
+        """Tune's name of a trial -> attempts of it that this command has seen fail"""
         self._began: dict[str, float] = {}
         self._known: dict[str, int] = {}
         """Tune's name of a trial -> failures of it that were noted before, by this command or an earlier one"""
@@ -419,7 +440,7 @@ class _Lines(Callback):
         self._say(f"again {self._job(trial).trial.title}: {self._failure(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(f"{self._number()} {self._job(trial).trial.title}: failed: {self._failure(trial)}")
+        self._say(f"{self._number()} {self._job(trial).trial.title}: {self._failure(trial)}")
 
     def _job(self, trial: Any) -> Job:
         return replace(self._pattern, trial=self._pattern.sweep.trial(dict(trial.config["point"])))
@@ -430,7 +451,9 @@ class _Lines(Callback):
             lines = [line.strip() for line in str(trial.get_error() or "").splitlines() if line.strip()]
             job.directory.note_failure(job.trial, lines[-1] if lines else "its process died")
         self._known[trial.trial_id] = self._attempts(job)
-        return str(job.directory.failures()[job.trial.hash]["reason"])
+        failed = self._failed[trial.trial_id] = self._failed.get(trial.trial_id, 0) + 1
+        each = max(failed, self._attempts_each)  # a node that goes away costs the trial no attempt
+        return f"attempt {failed} of {each} failed: {job.directory.failures()[job.trial.hash]['reason']}"
 
     def _attempts(self, job: Job) -> int:
         return int(job.directory.failures().get(job.trial.hash, {}).get("attempts", 0))
@@ -468,5 +491,7 @@ def _tags(trial: Trial) -> dict[str, str]:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, UsageError | RunError):
+        return str(error)  # a sentence for a person
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"

@@ -50,20 +50,29 @@ class SweepDirectory:
         """The run directories that are there."""
         return sorted(path.parent for path in (self.path / "trials").glob("*/config.json"))
 
+    def holds_any(self) -> bool:
+        """Whether there is a sweep, or a run directory."""
+        return self.definition.exists() or bool(self.runs()) or any(self.path.glob("*/config.json"))
+
     def points(self) -> dict[str, Point]:
         """Hash -> point of all trials that were ever planned; of a search that chooses on its way, of all it may choose."""
         return dict(read_json(self.definition).get("trials", {}))
 
     def refuse_other(self, sweep: Sweep, trials: Sequence[Trial]) -> None:
-        """Checks that trials differ from those of the record in their axes alone: else the report would take different
-        trainings for repetitions of one configuration.
+        """Checks that there can be a folder, that it is this sweep's, and that trials differ from those of the record in
+        their axes alone: else the report would take different trainings for repetitions of one configuration.
 
         Raises:
-            UsageError: another setting differs.
+            UsageError: it is a file, or another sweep's, or another setting differs.
         """
-        varied = {name for axis in sweep.axes for settings in axis.values.values() for name in settings}
-        if base := read_json(self.definition).get("base"):
-            self._refuse_difference(base, sweep.base, varied)
+        RunDirectory(self.path).check_place()
+        record = read_json(self.definition)
+        if record.get("name", sweep.name) != sweep.name:
+            raise UsageError(
+                f"--output {self.path}: holds the sweep {record['name']!r}, this is {sweep.name!r}; choose another --output"
+            )
+        if base := record.get("base"):
+            self._refuse_difference(base, sweep.base, sweep.settings)
         known = {frozenset(point.items()): name for name, point in self.points().items()}
         for trial in trials:
             recorded = known.get(frozenset(trial.point.items()), trial.hash)

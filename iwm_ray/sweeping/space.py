@@ -54,6 +54,11 @@ class Axis:
         """The axis of one setting, such as `predictor.depth`."""
         return cls(setting, {str(value): {setting: value} for value in values})
 
+    @property
+    def settings(self) -> set[str]:
+        """What its values set."""
+        return {name for settings in self.values.values() for name in settings}
+
     def first(self) -> "Axis":
         """The axis with its first value alone."""
         return replace(self, values=dict([next(iter(self.values.items()))]))
@@ -99,6 +104,11 @@ class Sweep:
     finetune: FinetuneConfig | None = None
     """of the predictor, or end-to-end, with controls; on the trial's own data where `data.path` is empty; None: no
     finetuning"""
+
+    @property
+    def settings(self) -> set[str]:
+        """What its axes set."""
+        return {name for axis in self.axes for name in axis.settings}
 
     def trials(self) -> list[Trial]:
         """Every point of the grid, seed by seed: a sweep that is interrupted has the whole map once, not a part of it
@@ -164,7 +174,7 @@ class Sweep:
             seen.add(axis.name)
             if not axis.values:
                 raise UsageError(f"axis {axis.name}: no values; give at least one")
-            for setting in {name for settings in axis.values.values() for name in settings}:
+            for setting in axis.settings:
                 if setting not in known:
                     raise UsageError(
                         f"axis {axis.name}: unknown setting {setting!r}{suggest(setting, known)}; see pretrain --help"

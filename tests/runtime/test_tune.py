@@ -1,6 +1,7 @@
 """Sweeps that really run under Ray Tune, and what no fault may change about them."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -64,7 +65,7 @@ def test_a_new_failure_has_its_own_reason(tmp_path):
     job = Job(found, found.trials()[0], SweepDirectory(tmp_path), {})
     job.directory.note_failure(job.trial, "ValueError: of yesterday")
     said: list[str] = []
-    lines = tune._Lines(job, 1, said.append)
+    lines = tune._Lines(job, 1, 2, said.append)
     died = SimpleNamespace(
         trial_id="1", config={"point": job.trial.point}, get_error=lambda: "WorkerDied: killed"
     )
@@ -74,8 +75,8 @@ def test_a_new_failure_has_its_own_reason(tmp_path):
     job.directory.note_failure(job.trial, "OSError: no space")  # the trial names this one itself
     lines.on_trial_error(0, [], died)
     assert [line.rpartition("seed=0: ")[2] for line in said] == [
-        "WorkerDied: killed",
-        "failed: OSError: no space",
+        "attempt 1 of 2 failed: WorkerDied: killed",
+        "attempt 2 of 2 failed: OSError: no space",
     ]
     assert job.directory.failures()[job.trial.hash]["attempts"] == 3
 
@@ -101,6 +102,17 @@ def run_sweep(tiny_command, monkeypatch):
     return run
 
 
+@pytest.fixture
+def tune_errors():
+    """What Ray Tune logs as errors; its loggers hand nothing on to those that pytest reads."""
+    found: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: found.append(record.getMessage())
+    logging.getLogger("ray.tune").addHandler(handler)
+    yield found
+    logging.getLogger("ray.tune").removeHandler(handler)
+
+
 def attempts(directory: SweepDirectory, trial_hash: str) -> int:
     return len(read_lines(directory.run(trial_hash).attempts))
 
@@ -119,7 +131,9 @@ def assert_nothing_is_left() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_failing_trial_is_named_and_the_rest_is_done_once(ray_cluster, run_sweep, tmp_path, capsys):
+def test_a_failing_trial_is_named_and_the_rest_is_done_once(
+    ray_cluster, run_sweep, tmp_path, capsys, tune_errors
+):
     """Two commands: one trial can't write and fails twice; it is mended, and alone run again."""
     directory = SweepDirectory(tmp_path / "sweep")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -136,7 +150,12 @@ def test_a_failing_trial_is_named_and_the_rest_is_done_once(ray_cluster, run_swe
     blocked.write_text("in the way")
     assert run_sweep(directory.path, axes, (), changes) == 1
     said = capsys.readouterr()
-    assert "1 trials failed" in said.err and "predictor.conditioning=none seed=1: UsageError" in said.err
+    reason = f"{blocked}: is a file where the trial's folder belongs; remove it"
+    title = "predictor.conditioning=none seed=1"
+    assert "1 trials failed" in said.err and f"{title}: {reason}" in said.err
+    assert f"again {title}: attempt 1 of 2 failed: {reason}" in said.out
+    assert f"/2 {title}: attempt 2 of 2 failed: {reason}" in said.out
+    assert tune_errors == []  # no tracebacks of Ray's
     assert directory.failures()[blocked.name]["attempts"] == 2
     done = next(path.name for path in directory.runs())
 

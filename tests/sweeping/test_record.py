@@ -107,6 +107,25 @@ def test_other_settings_need_another_folder(directory):
         directory.refuse_other(more, more.trials())
 
 
+def test_another_sweep_needs_another_folder(directory):
+    directory.plan(SWEEP, SWEEP.trials())
+    directory.refuse_other(SWEEP, SWEEP.trials())
+    other = replace(SWEEP, name="capacity")
+    with pytest.raises(
+        UsageError, match=r"holds the sweep 'test', this is 'capacity'; choose another --output"
+    ):
+        directory.refuse_other(other, other.trials())
+
+
+def test_a_folder_holds_a_sweep_or_runs(tmp_path):
+    directory = SweepDirectory(tmp_path)
+    assert not directory.holds_any()
+    (tmp_path / "run").mkdir()
+    assert not directory.holds_any()
+    (tmp_path / "run" / "config.json").touch()
+    assert directory.holds_any()
+
+
 def test_the_same_settings_go_on(directory):
     """In a larger grid, elsewhere, along an axis whose base has moved, and where the record is older than a setting."""
     grown = replace(SWEEP, axes=(*SWEEP.axes, Axis.of("predictor.depth", 2, 4)))
