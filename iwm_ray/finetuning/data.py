@@ -100,6 +100,14 @@ class ImageRows:
             found[i] = True
         return Drawn(images, torch.from_numpy(self.labels[places]), samples, found)
 
+    @property
+    def judged_labels(self) -> NDArray[np.int64]:
+        """Classes of the images that are not noted as undecodable."""
+        noted = {record["row_id"] for record in self.quarantine.records()} if self.quarantine else set()
+        if not noted:
+            return self.labels
+        return self.labels[[self.index.row_id(int(sample)) not in noted for sample in self.samples]]
+
     def part(self, start: int, stop: int) -> "ImageRows":
         """Rows `start` to `stop` - 1 alone."""
         return replace(self, samples=self.samples[start:stop], labels=self.labels[start:stop])
