@@ -269,6 +269,7 @@ def test_a_batch_without_a_readable_image_is_passed_over(clean_run, shapes, tmp_
     for number in (0, 1, 14, 15):  # all of the last batch; and the first two files
         (root / f"images/val/{number:02}.jpg").write_bytes(b"no picture")
     options = ["--steps", 1, "--batch-size", 1, "--seeds", 0, "--tune", "encoder", "--head", "linear"]
+    options += ["--data.max-bad-fraction", 0.5]
     assert segment(clean_run, *data(root), *options, "--output", tmp_path / "out") == 0
     (counts,) = (tmp_path / "out/arms").glob("*.npy")
     assert len(np.load(counts)) == 12
@@ -340,7 +341,7 @@ def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path
         ([*good, *(word for pair in same.items() for word in pair), *out], ["holds the training images"]),
         ([*good, "--image-size", 33, *out], ["--image-size 33", "patch of 8"]),
         ([*good, "--head", "unet", *out], ["head 'unet'", "'linear' or 'upernet'"]),
-        ([*good, "--output", segmented[0]], ["steps 60 != 1000", "choose another --output"]),
+        ([*good, "--output", segmented[0]], ["batch_size 16 != 32 (+3 more)", "choose another --output"]),
     ):
         assert segment(clean_run, *arguments) == 2
         error = capsys.readouterr().err
