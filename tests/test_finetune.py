@@ -245,8 +245,26 @@ def test_a_dry_run_creates_nothing(clean_run, tmp_path, capsys):
 
 
 def test_a_dry_run_says_how_weights_share_out_the_steps(clean_run, digits, tmp_path, capsys):
-    data = ["--data.path", "a=photos_tiny", f"b={digits[0]}", "--data.test-path", "a=photos_tiny:test", f"b={digits[1]}"]
-    steps = ["--steps", 20, "--batch-size", 16, "--data.weights", 3, 1, "--output", tmp_path / "out", "--dry-run"]
+    data = [
+        "--data.path",
+        "a=photos_tiny",
+        f"b={digits[0]}",
+        "--data.test-path",
+        "a=photos_tiny:test",
+        f"b={digits[1]}",
+    ]
+    steps = [
+        "--steps",
+        20,
+        "--batch-size",
+        16,
+        "--data.weights",
+        3,
+        1,
+        "--output",
+        tmp_path / "out",
+        "--dry-run",
+    ]
     assert finetune(clean_run, *data, *steps) == 0
     out = capsys.readouterr().out
     assert "30 steps of 40 by data.weights" in out and "10 steps of 40 by data.weights" in out
@@ -321,7 +339,10 @@ def test_an_encoder_is_told_no_action(clean_run, tmp_path, capsys):
     output = tmp_path / "out"
     asked = ["--tune", "predictor", "encoder", "--action", "random", "--seeds", 0, "--output", output]
     assert finetune(clean_run, *PHOTOS, *SMALL, *asked) == 0
-    told = {path.parent.name.split("-")[0]: read(path)["action"] for path in output.glob("adapters/*/adapter.json")}
+    told = {
+        path.parent.name.split("-")[0]: read(path)["action"]
+        for path in output.glob("adapters/*/adapter.json")
+    }
     assert told == {"predictor": "random", "encoder": "null"}
     metrics = read(output / "summary.json")["metrics"]
     assert {"finetune/photos_tiny/random_action/top1", "finetune/photos_tiny/encoder/top1"} <= set(metrics)
