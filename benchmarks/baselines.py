@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of pretraining, 128 images each")
     parser.add_argument("--epochs", type=float, default=6, help="of finetuning, over 5000 images")
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: needs 1 or more")
     for part in (pretrain, finetune, evaluate):  # each goes on where it was stopped
         for recipe, _ in METHODS.values():
             part(options.output / recipe, recipe, options)
@@ -61,7 +63,8 @@ def data(options: argparse.Namespace) -> tuple[str, ...]:
 def command(name: str, *words: object) -> None:
     words = (*words, "--runtime.precision", "bf16")
     print("iwm_ray", name, *words, flush=True)
-    subprocess.run([sys.executable, "-m", f"iwm_ray.{name}", *map(str, words)], check=True)
+    if code := subprocess.run([sys.executable, "-m", f"iwm_ray.{name}", *map(str, words)]).returncode:
+        sys.exit(code)  # the command has said why
 
 
 def table(folder: Path) -> list[str]:

@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 
 def load(path: Path | str, task: str = "", run: Path | str | None = None) -> "Classifier | Segmenter":
-    """A ready classifier or segmenter: `.fit(image)`, `.predict(images)`, `.image_size` and
-    `.class_names`.
+    """A ready classifier or segmenter: `.fit(image)` makes any image one of its size, `.predict(images)` takes a stack of
+    those; `.image_size`, `.class_names`.
 
     Args:
         path: the folder of an adapter, RUN/finetune/NAME/adapters/ARM; RUN or RUN/finetune/NAME where there is only one.
@@ -46,6 +46,8 @@ def find_adapter(path: Path) -> Path:
 
     files = (adapter.FACTS, segmenter.FACTS)
     path = path.expanduser().absolute()
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder; give RUN/finetune/NAME/adapters/ARM")
     if any((path / file).exists() for file in files):
         return path
     places = [f"{place}adapters/*/{file}" for place in ("", "finetune/*/") for file in files]

@@ -285,9 +285,7 @@ def _read_config(path: Path) -> Config:
 
 def _one_line(error: ValidationError, kind: type[BaseModel], section: str = "") -> str:
     first = error.errors()[0]
-    path = [
-        part for part in first["loc"] if isinstance(part, str)
-    ]  # no places in a tuple: they are no options
+    path = [part for part in first["loc"] if isinstance(part, str)]  # places in a tuple are no options
     name = ".".join([section, *path] if section else path)
     if first["type"] == "extra_forbidden":
         return f"unknown setting {name!r}{suggest(path[-1], _siblings(path, kind))}"

@@ -14,6 +14,7 @@ from pathlib import Path
 import iwm_ray
 from iwm_ray import cli
 from iwm_ray.errors import UsageError
+from iwm_ray.output import new_output
 
 _FORMATS = ("timm", "hf", "onnx", "torch-export")
 
@@ -45,15 +46,15 @@ def _main(arguments: Sequence[str]) -> None:
             )
         trained, exported = model.trained, exporting.Exported.of_classifier(model)
     else:
+        _refuse_adapter_options(options)
         trained = Trained.open(options.path, options.checkpoint)
         exported = exporting.Exported.of_encoder(trained, options.encoder)
     exporting.check(options.format, exported)
     name = f"{folder.name}-" if folder else ""
     default = trained.run.path / "export" / f"{name}{trained.path.name}-{options.format}"
-    output = (options.output or default).expanduser().absolute()
-    _refuse_taken(output)
+    output = new_output(options.output or default)
     with tempfile.TemporaryDirectory(
-        prefix=".exporting-", dir=_made(output.parent), ignore_cleanup_errors=True
+        prefix=".exporting-", dir=output.parent, ignore_cleanup_errors=True
     ) as scratch:
         written = Path(scratch, "export")
         written.mkdir()
@@ -95,6 +96,14 @@ def _parser() -> cli.Parser:
     return parser
 
 
+def _refuse_adapter_options(options: argparse.Namespace) -> None:
+    for name in ("task", "run"):
+        if value := getattr(options, name):
+            raise UsageError(
+                f"--{name} {value}: {options.path} is a run, and only adapters take it; drop --{name} or give an adapter"
+            )
+
+
 def _adapter(path: Path) -> Path | None:
     """The folder of the adapter that `path` names; None: it is a run, or one of its checkpoints."""
     from iwm_ray.finetuning import adapter
@@ -104,25 +113,6 @@ def _adapter(path: Path) -> Path | None:
     marks = ("adapters", adapter.FACTS, segmenter.FACTS)
     is_tuning = path.parent.name == "finetune" or any((path / mark).exists() for mark in marks)
     return iwm_ray.find_adapter(path) if is_tuning else None
-
-
-def _refuse_taken(output: Path) -> None:
-    try:
-        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    except OSError as error:
-        raise UsageError(f"--output {output}: {error.strerror}; choose another --output") from None
-    if taken:
-        raise UsageError(f"--output {output}: is there and not empty; choose another --output")
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output in {folder}: {error.strerror}; choose another --output") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--output in {folder}: not writable; choose another --output")
-    return folder
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ class Exported:
     """None: more than an encoder, which timm has no layout for"""
     timm_name: str = ""
     """timm's name of the encoder's family"""
+    class_names: tuple[str, ...] = ()
+    """of a classifier's output"""
 
     @classmethod
     def of_encoder(cls, trained: Trained, which: Literal["target", "context"]) -> "Exported":
@@ -78,7 +80,7 @@ class Exported:
             )
         network = _Probabilities(classifier.tuned, classifier.task, asking.policy.action_dim)
         output = f"probabilities: float32 [b {len(classifier.class_names)}]"
-        return cls(network, classifier.image_size, output)
+        return cls(network, classifier.image_size, output, class_names=classifier.class_names)
 
 
 class _Probabilities(nn.Module):

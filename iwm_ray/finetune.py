@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from iwm_ray import cli
 from iwm_ray.finetuning.settings import FinetuneConfig
 from iwm_ray.run_directory import RunDirectory, write_json
+from iwm_ray.wording import counted
 
 if TYPE_CHECKING:
     from iwm_ray.driver import Stop
@@ -90,7 +91,7 @@ def plan_lines(experiment: "Experiment") -> list[str]:
             for task in experiment.tasks.values()
         ),
         f"  arms       {len(arms)}, {len(arms) - len(left)} of them finished: {len(experiment.families)} networks x "
-        f"{len(config.seeds)} seeds"
+        f"{counted(len(config.seeds), 'seed')}"
         + (f" + {len(config.lr_grid)} rates to choose from" if config.lr_grid else ""),
         f"  images     {sum(experiment.num_images(arm) for arm in left):,} to train on",
     ]

@@ -24,26 +24,38 @@ _NOT_A_QUALITY = ("train/", "monitor/seconds")
 _LOADING: dict[Format, str] = {
     "timm": """\
 import timm
+from PIL import Image
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+image = Image.open("photo.jpg").convert("RGB")
+model = timm.create_model("local-dir:.", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-tokens = model.forward_features(transform(image)[None])  # image: PIL, RGB""",
+output = model.forward_features(transform(image)[None])""",
     "hf": """\
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModel  # transformers reads timm's layout, timm must be there
 
-model = AutoModel.from_pretrained("FOLDER").eval()
-processor = AutoImageProcessor.from_pretrained("FOLDER")
-tokens = model(**processor(image, return_tensors="pt")).last_hidden_state  # image: PIL, RGB""",
+image = Image.open("photo.jpg").convert("RGB")
+model = AutoModel.from_pretrained(".").eval()
+processor = AutoImageProcessor.from_pretrained(".")
+output = model(**processor(image, return_tensors="pt")).last_hidden_state""",
     "onnx": f"""\
+import numpy
 import onnxruntime
+from PIL import Image, ImageOps
 
-session = onnxruntime.InferenceSession("FOLDER/{ONNX_FILE}")
-(output,) = session.run(None, {{"images": images}})  # uint8 numpy array, as above""",
+image = ImageOps.fit(Image.open("photo.jpg").convert("RGB"), (SIZE, SIZE), Image.Resampling.BILINEAR)
+images = numpy.array(image).transpose(2, 0, 1)[None]  # [1 3 SIZE SIZE] uint8
+session = onnxruntime.InferenceSession("{ONNX_FILE}")
+(output,) = session.run(None, {{"images": images}})""",
     "torch-export": f"""\
+import numpy
 import torch
+from PIL import Image, ImageOps
 
-model = torch.export.load("FOLDER/{TORCH_FILE}").module()
-output = model(images)  # uint8 tensor, as above""",
+image = ImageOps.fit(Image.open("photo.jpg").convert("RGB"), (SIZE, SIZE), Image.Resampling.BILINEAR)
+images = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None]  # [1 3 SIZE SIZE] uint8
+model = torch.export.load("{TORCH_FILE}").module()
+output = model(images)""",
 }
 
 
@@ -66,7 +78,7 @@ def model_card(
         *([_adapter(adapter)] if adapter else []),
         _figures(trained, adapter is not None),
         _actions(trained),
-        "## Loading\n\n```python\n" + _LOADING[format] + "\n```",
+        _loading(exported, format),
         "## Licence\n\nThe run states no licence for these weights: it depends on that of the images above. The code "
         "(iwm_ray) is under Apache-2.0.",
     ]
@@ -217,6 +229,13 @@ def _actions(trained: Trained) -> str:
     if not rows:
         return "## Action\n\nThe views of this run have no photometric action."
     return f"## Action\n\n{text}\n\n{_markdown(('component', 'unit', 'identity', 'scale'), rows)}"
+
+
+def _loading(exported: Exported, format: Format) -> str:
+    lines = _LOADING[format].replace("SIZE", str(exported.image_size))
+    if exported.class_names:
+        lines += f"\nprint({list(exported.class_names)!r}[output[0].argmax()])"
+    return f"## Loading\n\nRun in this folder, with any photo.jpg:\n\n```python\n{lines}\n```"
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

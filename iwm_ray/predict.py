@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from iwm_ray import cli
 from iwm_ray.errors import UsageError
+from iwm_ray.output import new_output
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +36,15 @@ def _main(arguments: Sequence[str]) -> None:
     from iwm_ray.data.decode import DecodeLimits
     from iwm_ray.data.index import Index
     from iwm_ray.driver import require_ray
-    from iwm_ray.prediction import Labels, Masks, PredictConfig, Predictor, write, write_masks
+    from iwm_ray.prediction import (
+        QUARANTINE,
+        Labels,
+        Masks,
+        PredictConfig,
+        Predictor,
+        write,
+        write_masks,
+    )
     from iwm_ray.progress import scanning
     from iwm_ray.segmentation.segmenter import Segmenter
 
@@ -57,7 +66,9 @@ def _main(arguments: Sequence[str]) -> None:
         require_ray("runtime.engine ray")
     names = model.class_names
     is_segmenter = isinstance(model, Segmenter)
-    answers = Masks(names) if is_segmenter else Labels(names, _top(options.top, len(names)))
+    if is_segmenter and options.top is not None:
+        raise UsageError(f"--top {options.top}: {adapter} is a segmenter, which gives masks; drop --top")
+    answers = Masks(names) if is_segmenter else Labels(names, _top(options.top or "5", len(names)))
     asked = model.trained.config.model_copy(update={"runtime": config.runtime})
     index = Index.open(config.data, config.data.path, cache_folder(asked), scanning(config.data.path))
     if config.runtime.engine == "ray":
@@ -78,7 +89,8 @@ def _main(arguments: Sequence[str]) -> None:
     seconds = time.monotonic() - begin
     print(f"predicted    {written.images:,} images, {written.images / seconds:,.0f} images/s")
     if written.unreadable:
-        print(f"unreadable   {written.unreadable:,} of them" + "; column error says why" * is_file)
+        where = "column error" if is_file else output / QUARANTINE
+        print(f"unreadable   {written.unreadable:,} of them; {where} says why")
     print(f"written      {output}")
     if kept:
         print(f"picture      {_draw(kept, names, index, limits, output)}")
@@ -135,24 +147,17 @@ def _parser(kind: type["PredictConfig"]) -> cli.Parser:
         help="new file; of a segmenter also a new folder",
     )
     cli.add_adapter_options(parser)
-    parser.add_argument("--top", default="5", metavar="K", help="classes of each image, the likeliest first")
+    parser.add_argument("--top", metavar="K", help="classes of each image, the likeliest first; default 5")
     cli.add_common_options(parser)
     cli.add_settings(parser, kind)
     return parser
 
 
 def _checked(output: Path, is_segmenter: bool) -> Path:
-    output = output.expanduser().absolute()
     if output.suffix != ".parquet" and (output.suffix or not is_segmenter):
         more = ", or of a new folder" if is_segmenter else ""
         raise UsageError(f"--output {output}: give the name of a new file that ends in .parquet{more}")
-    if output.exists():
-        raise UsageError(f"--output {output}: is there already; choose another --output")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output {output}: {error.strerror}; choose another --output") from None
-    return output
+    return new_output(output)
 
 
 def _top(word: str, num_classes: int) -> int:

@@ -34,6 +34,8 @@ from iwm_ray.training.loop import autocast
 _IMAGES_AT_ONCE = 128
 _NAMES = [("row_id", pa.string()), ("path", pa.string())]
 _ERROR = ("error", pa.string())
+QUARANTINE = "quarantine.jsonl"
+"""beside masks: row_id, path and error of each image that has none"""
 
 
 class PredictConfig(_Part):
@@ -157,8 +159,8 @@ class Predictor:
             if not found:
                 return arrays
             with autocast(self.runtime, device):
-                pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-                return arrays | self.answers.ask(model, pixels, shapes) | {"samples": samples[found]}
+                said = self.answers.ask(model, torch.stack(images), shapes)
+                return arrays | said | {"samples": samples[found]}
 
         return predict
 
@@ -186,8 +188,8 @@ class Predictor:
 
 def _read(
     reader: Reader, samples: NDArray[np.int64], limits: DecodeLimits, model: Classifier | Segmenter
-) -> tuple[list[NDArray[np.uint8]], list[tuple[int, int]], list[int], list[tuple[int, str]]]:
-    """Images `[s s 3]` that fit the model, the (height, width) that they had, their places in `samples`, and
+) -> tuple[list[torch.Tensor], list[tuple[int, int]], list[int], list[tuple[int, str]]]:
+    """Images `[3 s s]` that fit the model, the (height, width) that they had, their places in `samples`, and
     (sample, reason) of what cannot be decoded."""
     images, shapes, found, reasons = [], [], [], []
     for place, data in enumerate(reader.read_many(samples)):
@@ -230,12 +232,14 @@ def write(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> Written:
 
 
 def write_masks(tables: Iterator[pa.Table], folder: Path) -> Written:
-    """Writes the masks of tables as PNG files, named like their images; the folder gets its name when all is written.
+    """Writes the masks of tables as PNG files, named like their images, and QUARANTINE where there are images that
+    cannot be decoded; the folder gets its name when all is written.
 
     Raises:
         UsageError: two images would have the same mask.
     """
     written, partial = Written(), folder.with_name(f".{folder.name}.partial")
+    bad: list[dict[str, str]] = []
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
@@ -244,6 +248,10 @@ def write_masks(tables: Iterator[pa.Table], folder: Path) -> Written:
             for row in table.to_pylist():
                 if row["mask"] is not None:
                     _write_new(partial / mask_name(row["row_id"]), row["mask"], row["path"])
+                else:
+                    bad.append({name: row[name] for name in ("row_id", "path", "error")})
+        if bad:
+            (partial / QUARANTINE).write_text("".join(f"{json.dumps(row)}\n" for row in bad))
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -26,6 +26,7 @@ from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.results import MRR, OUTCOMES, Result, compared
 from iwm_ray.sweeping.space import SEED, Size, Sweep, Trial, choose, short_names
 from iwm_ray.training.metrics_log import MetricsLog
+from iwm_ray.wording import counted
 
 if TYPE_CHECKING:
     from iwm_ray.runtime.tracking import NullTracker
@@ -73,7 +74,7 @@ def _main(define: Define, arguments: Sequence[str]) -> None:
     failed = list(directory.failures().values())
     if failed:
         names = "; ".join(f"{each['title']}: {each['reason']}" for each in failed)
-        raise RunError(f"{len(failed)} trials failed, the same command tries them again: {names}")
+        raise RunError(f"{counted(len(failed), 'trial')} failed, the same command tries again: {names}")
 
 
 # ---- the command line ----
@@ -273,9 +274,8 @@ def make_plan(sweep: Sweep, directory: SweepDirectory, options: argparse.Namespa
     room = find_room(trials[0].config, gpus, max(1, len(left)), options.at_once)
     done = [trial for trial in trials if trial not in left]
     work = cost(sweep, left or trials[:1], done, directory)
-    _check_finetuning(
-        sweep, trials[0].config
-    )  # the data itself is there: now it is finetuning that lacks something
+    # After the cost, which has opened the training images: what is missing now is finetuning's.
+    _check_finetuning(sweep, trials[0].config)
     num_samples = 0
     if options.search == "optuna":
         num_samples = max(0, min(options.trials - (len(trials) - len(left)), len(left)))
@@ -391,7 +391,11 @@ def plan_lines(plan: Plan) -> list[str]:
         + (f", {trained} more trained" if trained else "")
         + chosen,
         f"  measured   {' '.join(sweep.measure.tasks)}"
-        + (f"; finetuned: {' '.join(tuned.tune)}, with controls, {len(tuned.seeds)} seeds" if tuned else ""),
+        + (
+            f"; finetuned: {' '.join(tuned.tune)}, with controls, {counted(len(tuned.seeds), 'seed')}"
+            if tuned
+            else ""
+        ),
         f"  resources  {plan.room.line}",
         f"  work       {plan.work}",
         f"  time       {plan.time}",

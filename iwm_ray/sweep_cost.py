@@ -18,6 +18,7 @@ from iwm_ray.plan_report import gemm_rate, step_flops
 from iwm_ray.progress import duration, scanning
 from iwm_ray.sweeping.record import SweepDirectory
 from iwm_ray.sweeping.space import Sweep, Trial
+from iwm_ray.wording import counted
 
 PARTS = {"train": "training", "evaluate": "measuring", "finetune": "finetuning"}
 """part of a trial, as `trial.json` names its seconds -> word"""
@@ -67,7 +68,7 @@ class Cost:
         if all(part in self.rates for part, work in self.left.items() if work):
             seconds = {part: work / self.rates[part] / at_once for part, work in self.left.items() if work}
             words = ", ".join(f"{duration(value)} {PARTS[part]}" for part, value in seconds.items())
-            return f"{duration(sum(seconds.values()))} ({words}) at the pace of {self.done} finished trials"
+            return f"{duration(sum(seconds.values()))} ({words}) at the pace of {counted(self.done, 'finished trial')}"
         rate = gemm_rate()
         low, high = (sum(self.left.values()) / (rate * share * at_once) for share in _SHARES)
         total = sum(self.left.values())

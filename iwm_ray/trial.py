@@ -99,13 +99,14 @@ def evaluate(job: Job) -> bool:
 
 
 def finetune_trial(job: Job, config: FinetuneConfig) -> None:
-    """Tunes what is asked for, with controls; the figures join the run's."""
+    """Tunes what is asked for, with controls; the figures join the run's, which is the trial's only one in MLflow."""
     from iwm_ray.finetune import finetune
     from iwm_ray.finetuning.experiment import Experiment
     from iwm_ray.tuning_driver import CachedTokens
 
     trained = Trained.open(job.run.path)
-    config = _on_own_data(config, trained.config)
+    tracking = config.tracking.model_copy(update={"arms": False})
+    config = _on_own_data(config, trained.config).model_copy(update={"tracking": tracking})
     finetune(Experiment.open(trained, config, None, CachedTokens(trained, config)))
 
 

@@ -229,7 +229,7 @@ def _room(tuning: Tuning) -> "Room":
 
 def _tracker(training: ArmTraining) -> NullTracker:
     """The arm's MLflow run, not started yet."""
-    if importlib.util.find_spec("mlflow") is None:
+    if importlib.util.find_spec("mlflow") is None or not training.tuning.config.tracking.arms:
         return NullTracker()
     tuning, config = training.tuning, _tracked(training.tuning)
     parent = open_tracker(tuning.trained.run.path, config, tuning.trained.run.path.name)

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "iwm_ray"
 
 # A module may import its own layer and the ones named before it.
 LAYERS = [
-    ["errors", "randomness"],
+    ["errors", "randomness", "wording"],
+    ["output"],
     ["config", "batch"],
     ["data", "views", "model", "action_log", "run_directory"],
     ["training"],

@@ -223,7 +223,7 @@ def test_images_that_cannot_be_used_are_noticed_before_anything_is_measured(run,
     ("words", "said"),
     [
         (("--checkpoint", "7"), "kept are the steps"),
-        (("--tasks", "mrs"), "measure.tasks.0 'mrs'"),
+        (("--tasks", "mrs"), "measure.tasks 'mrs'"),
         (("--measure.encoders", "resnet10x"), "timm has no such model"),
         (("--measure.layers", "99", "--measure.images", "10"), "the encoder has layers 0 to 1"),
         (("--tasks", "action_r2"), "action_r2 needs 10"),

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,12 +13,23 @@ from iwm_ray.finetuning import adapter
 from iwm_ray.trained import Trained
 
 LIBRARIES = {"timm": "timm", "hf": "transformers", "onnx": "onnxruntime", "torch-export": "torch"}
+PICTURE = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
 READERS = {
     "timm": exporting.read_timm,
     "hf": exporting.read_hf,
     "onnx": exporting.read_onnx,
     "torch-export": exporting.read_torch,
 }
+
+
+def run_card(folder, monkeypatch):
+    """What the card's code gives for a photograph, pasted as it stands."""
+    Image.fromarray(PICTURE).save(folder / "photo.jpg")
+    monkeypatch.chdir(folder)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code, names)
+    return torch.as_tensor(names["output"])
 
 
 def export(*arguments):
@@ -41,7 +53,7 @@ def adapters(clean_run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("format", LIBRARIES)
-def test_each_library_reads_the_same_tokens(clean_run, tmp_path, capsys, format):
+def test_each_library_reads_the_same_tokens(clean_run, tmp_path, capsys, monkeypatch, format):
     pytest.importorskip(LIBRARIES[format])
     output = tmp_path / "deep" / "out"
     assert export(clean_run, "--format", format, "--output", output) == 0
@@ -51,6 +63,7 @@ def test_each_library_reads_the_same_tokens(clean_run, tmp_path, capsys, format)
         torch.testing.assert_close(READERS[format](output)(images), encoder(images), atol=1e-4, rtol=1e-4)
     assert f"exported     {output}" in capsys.readouterr().out
     assert [path.name for path in output.parent.iterdir()] == ["out"]
+    assert run_card(output, monkeypatch).shape == (1, 16, encoder.width)
 
 
 def test_timm_s_own_transform_prepares_images(clean_run, tmp_path):
@@ -66,12 +79,18 @@ def test_timm_s_own_transform_prepares_images(clean_run, tmp_path):
 
 @pytest.mark.parametrize("kind", ["predictor", "encoder"])
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
-def test_a_classifier_gives_its_probabilities(adapters, tmp_path, format, kind):
+def test_a_classifier_gives_its_probabilities(adapters, tmp_path, capsys, monkeypatch, format, kind):
     pytest.importorskip(LIBRARIES[format])
     assert export(adapters[kind], "--format", format, "--output", tmp_path / "out") == 0
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    expected = adapter.load(adapters[kind]).predict(images)
+    classifier = adapter.load(adapters[kind])
+    expected = classifier.predict(images)
     torch.testing.assert_close(READERS[format](tmp_path / "out")(images), expected, atol=1e-5, rtol=1e-4)
+    capsys.readouterr()
+    output = run_card(tmp_path / "out", monkeypatch)
+    fitted = classifier.fit(Image.open(tmp_path / "out" / "photo.jpg"))
+    torch.testing.assert_close(output, classifier.predict(fitted[None]), atol=0.02, rtol=0)
+    assert capsys.readouterr().out == f"{classifier.class_names[output[0].argmax()]}\n"
     card = (tmp_path / "out" / "README.md").read_text()
     own = json.loads((adapters[kind].parents[1] / "arms" / f"{adapters[kind].name}.json").read_text())
     (name,) = (name for name in own["figures"] if name.endswith("top1"))
@@ -130,8 +149,10 @@ def test_bad_input_is_one_line_and_exit_2(clean_run, adapters, tmp_path, capsys)
         ([tmp_path, "--format", "timm", *out], ["no config.json"]),
         ([adapters["predictor"].parents[1], "--format", "timm", *out], ["holds 2 adapters"]),
         ([clean_run, "--format", "timm", "--checkpoint", "7", *out], ["kept are the steps"]),
-        ([clean_run, "--format", "timm", "--output", tmp_path / "taken"], ["not empty"]),
+        ([clean_run, "--format", "timm", "--output", tmp_path / "taken"], ["there already"]),
         ([clean_run, "--format", "timm", "--output", tmp_path / "taken" / "file" / "x"], ["choose another --output"]),
+        ([clean_run, "--format", "timm", "--output", "/proc/x"], ["--output /proc/x: not writable"]),
+        ([clean_run, "--format", "timm", "--task", "x", *out], ["--task x", "is a run"]),
         ([adapters["predictor"], "--format", "timm", *out], ["encoders only"]),
         ([adapters["predictor"], "--format", "torch-export", "--task", "cats", *out], ["task 'cats'"]),
     ):  # fmt: skip

@@ -438,6 +438,19 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
     assert "no config.json" in capsys.readouterr().err
 
 
+def test_arms_can_do_without_runs_of_their_own_in_mlflow(clean_run, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    run, store = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    shutil.copytree(clean_run, run)
+    options = ["--seeds", 0, "--tracking.uri", store, "--tracking.arms", "false"]
+    assert finetune(run, *PHOTOS, *SMALL, *options) == 0
+    client = MlflowClient(tracking_uri=store)
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    (alone,) = client.search_runs(experiments)
+    assert "finetune/photos_tiny/top1" in alone.data.metrics
+
+
 def test_arms_are_children_of_the_run_in_mlflow(clean_run, tmp_path):
     from mlflow.tracking import MlflowClient
 

@@ -140,6 +140,8 @@ def test_bad_input_is_one_line_and_exit_2(adapter, images, tmp_path, capsys):
         ([adapter, "--data.path", images], ["--output"]),
         ([adapter, "--data.path", images, "--output", tmp_path / "out.csv"], [".parquet"]),
         ([adapter, "--data.path", images, "--output", tmp_path / "there.parquet"], ["there already"]),
+        ([adapter, "--data.path", images, "--output", "/proc/x.parquet"], ["/proc/x.parquet: not writable"]),
+        ([tmp_path / "none", "--data.path", images, *out], ["none: no such folder"]),
         ([adapter, "--data.path", images, "--top", "0", *out], ["--top 0"]),
         ([adapter, "--data.path", images, "--task", "cats", *out], ["task 'cats'"]),
         ([adapter, "--data.pat", images, *out], ["did you mean '--data.path'"]),

@@ -159,6 +159,8 @@ def test_masks_of_a_folder(segmented, shapes, tmp_path, capsys):
     assert {str(path.relative_to(folder)) for path in folder.rglob("*.png")} == {
         f"val/{number:02}.png" for number in range(16) if number != 3
     }
+    (bad,) = map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines())
+    assert bad == {name: rows["val/03.jpg"][name] for name in ("row_id", "path", "error")}
     segmenter = iwm_ray.load(adapter)
     for row_id, row in rows.items():
         if row["error"]:
@@ -168,7 +170,7 @@ def test_masks_of_a_folder(segmented, shapes, tmp_path, capsys):
         with Image.open(io.BytesIO(content)) as mask, Image.open(images / row_id) as image:
             assert mask.size == image.size == (40, 32)
             values, pixels = np.array(mask), np.array(image)
-        expected = segmenter.predict(torch.from_numpy(segmenter.fit(pixels)).permute(2, 0, 1)[None])[0]
+        expected = segmenter.predict(segmenter.fit(pixels)[None])[0]
         columns = ((np.arange(40) + 0.5) * 32 / 40).astype(int)
         assert (values == expected.numpy()[:, columns]).mean() > 0.99  # decoders of JPEG differ a little
         assert row["classes"][0] == segmenter.class_names[np.bincount(expected.flatten()).argmax()]
@@ -181,7 +183,7 @@ def test_masks_of_a_folder(segmented, shapes, tmp_path, capsys):
 
 def test_where_masks_cannot_go(segmented, shapes, tmp_path, capsys):
     adapter = next((segmented[0] / "adapters").iterdir())
-    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "more").mkdir(parents=True)
     twice = tmp_path / "twice"
     twice.mkdir()
     for name in ("a.jpg", "a.jpeg"):
@@ -194,6 +196,8 @@ def test_where_masks_cannot_go(segmented, shapes, tmp_path, capsys):
         assert predict(adapter, "--data.path", images, "--output", tmp_path / output) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and words in error, error
+    words = ["--data.path", shapes / "images/val", "--output", tmp_path / "masks", "--top", 3]
+    assert predict(adapter, *words) == 2 and "--top 3: " in capsys.readouterr().err
     assert not (tmp_path / "masks").exists() and not list(tmp_path.glob(".masks*"))
 
 

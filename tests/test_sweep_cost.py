@@ -94,7 +94,7 @@ def test_the_pace_of_finished_trials_is_taken(sweep, tmp_path):
     found = cost(sweep, [third], [first, second], directory)
     assert found.done == 1
     parts = "1 min 40 s training, 20 s measuring, 30 s finetuning"
-    assert found.line(sweep.base, 1) == f"2 min 30 s ({parts}) at the pace of 1 finished trials"
+    assert found.line(sweep.base, 1) == f"2 min 30 s ({parts}) at the pace of 1 finished trial"
     assert found.line(sweep.base, 2).startswith("1 min 15 s")
     assert "GPU-hours" in found.line(sweep.base, 2, elsewhere=True)
 

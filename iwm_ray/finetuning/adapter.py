@@ -7,13 +7,11 @@ adapter.json. Many adapters fit one encoder, which is stored once, in its run.
 import json
 import os
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from iwm_ray.config import _Part
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.features import measuring, model_device
+from iwm_ray.finetuning.images import AnyImage, channels_first, check_images, rgb_pixels
 from iwm_ray.finetuning.model import (
     Asking,
     PredictorShape,
@@ -85,21 +84,25 @@ AnyFacts = TypeVar("AnyFacts", bound=BaseModel)
 class Classifier:
     """A task's classes for images."""
 
-    trained: Trained
+    trained: Trained = field(repr=False)
     """where its encoder comes from"""
-    tuned: Tuned
+    tuned: Tuned = field(repr=False)
     task: str
     class_names: tuple[str, ...]
-    asking: Asking
+    asking: Asking = field(repr=False)
 
     @property
     def image_size(self) -> int:
         """Side of the images, pixels."""
         return self.tuned.encoder.grid[0] * self.tuned.encoder.patch_size
 
-    def fit(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """`[h w 3]` of any size -> `[s s 3]` as `predict` takes it, but channels last: the middle square, resized."""
-        return clean_view(image, self.image_size)
+    def fit(self, image: AnyImage) -> Tensor:
+        """An image of any size -> `[3 s s]` uint8, of which `predict` takes a stack: the middle square, resized.
+
+        Raises:
+            UsageError: no RGB image.
+        """
+        return channels_first(clean_view(rgb_pixels(image), self.image_size))
 
     def predict(self, images: Tensor) -> Tensor:
         """`[b 3 s s]` uint8 RGB of the encoder's size -> `[b c]` float32 probabilities, on the model's device.
@@ -107,11 +110,8 @@ class Classifier:
         Raises:
             UsageError: other sizes or types of images.
         """
-        side, device = self.image_size, model_device(self.tuned)
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise UsageError(
-                f"images {images.dtype} {list(images.shape)}: needs uint8 [b 3 {side} {side}]; resize them"
-            )
+        check_images(images, self.image_size)
+        device = model_device(self.tuned)
         with measuring(self.tuned):
             alike = np.zeros(len(images), np.int64)  # one draw for all, whatever the others in the batch
             query = self.asking.query(alike, 0, 0, device)
@@ -203,9 +203,10 @@ def load(folder: Path, task: str = "", run: Path | None = None) -> Classifier:
     """See `iwm_ray.load`."""
     facts = _read_facts(folder)
     if not task and len(facts.tasks) > 1:
-        names = list(facts.tasks)
+        first = next(iter(facts.tasks))
         raise UsageError(
-            f"the adapter {folder} has several tasks ({', '.join(names)}); give --task {names[0]}"
+            f"the adapter {folder} has several tasks ({', '.join(facts.tasks)}); give --task {first}, in Python "
+            f"task={first!r}"
         )
     if task and task not in facts.tasks:
         raise UsageError(

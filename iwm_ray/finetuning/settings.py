@@ -101,6 +101,8 @@ class TuningTrackingConfig(_Part):
 
     uri: str = ""
     """MLflow server or store; empty: that of the run; `none`: no MLflow"""
+    arms: bool = True
+    """each training has an MLflow run of its own below the pretraining's; else that one has the figures alone"""
 
 
 class TuningConfig(_Part):

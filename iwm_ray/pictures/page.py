@@ -75,7 +75,8 @@ def mrr_sentence(result: MrrResult) -> str:
 
 _ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
-# The policy in the head makes a browser refuse whatever is not in this file.
+# The policy in the head makes a browser refuse whatever is not in this file. Cells break their lines, but not within an
+# interval ("0.2 to 0.4").
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -93,7 +94,7 @@ _PAGE = """<!doctype html>
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 78rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
   font: 1rem/1.55 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 0 0 .4rem; }
@@ -112,7 +113,7 @@ nav, section, details { border-top: 1px solid var(--line); padding-top: 1.2rem; 
 .rows { overflow-x: auto; }
 .rows:focus-visible { outline: 3px solid var(--link); }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); }
 pre { background: var(--sheet); border: 1px solid var(--line); border-radius: .4rem; padding: 1rem; overflow-x: auto;
   font-size: .82rem; }
 summary { cursor: pointer; font-weight: 600; }
@@ -120,6 +121,16 @@ summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 46rem) {
   dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; }
   .hint { display: block; }
+}
+@media print {
+  body { max-width: none; padding: 0; }
+  .sheet, .rows { overflow: visible; }
+  .sheet { border: 0; break-inside: avoid; }
+  .sheet img { min-width: 0; max-width: 100%; }
+  table { font-size: .6rem; }
+  th, td { padding-right: .4rem; }
+  tr { break-inside: avoid; }
+  .hint { display: none; }
 }
 </style>
 </head>
@@ -159,10 +170,12 @@ summary { cursor: pointer; font-weight: 600; }
 {% if section.table %}
 <div class="rows" tabindex="0" role="group" aria-label="{{ section.title }}, table">
 <table>
-<thead><tr>{% for cell in section.table[0] %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+<thead>
+<tr>{% for cell in section.table[0] %}<th scope="col">{{ cell | replace(" %", "\u00a0%") }}</th>{% endfor %}</tr>
+</thead>
 <tbody>
 {% for row in section.table[1:] %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr>{% for cell in row %}<td>{{ cell | replace(" to ", "\u00a0to\u00a0") }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table>

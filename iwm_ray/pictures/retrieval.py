@@ -18,6 +18,11 @@ _SIDE, _WORDS, _GAP = 1.5, 1.55, 0.14  # inches: an image, the column of words, 
 _LINE, _HEAD, _FOOT = 0.34, 1.22, 0.52  # inches: below an image, above and below all rows
 _EDGE = 0.22  # inches: at the sides
 _NEAR = 10  # ranks up to this are marked as near
+FRAMES = (
+    GREEN,
+    ORANGE,
+    INK,
+)  # of a first rank, a near one, one beyond: the palette's red looks orange beside its orange
 _COLUMNS = ("clean image", "action", "true view", "imagined", "with the null action", "with another action")
 
 
@@ -65,16 +70,17 @@ def retrieval_gallery(
     note = (
         "Imagined: the view of the bank that lies next to the predicted tokens. "
         "Rank: the true view's place by distance to the prediction\n(frames: green 1, orange up to "
-        f"{_NEAR}, red beyond)."
+        f"{_NEAR}, black beyond)."
     )
     figure.text(_EDGE / width, 0.16 / height, note, fontsize=SMALL, color=GREY, va="bottom")
     return figure
 
 
 def _choose(result: MrrResult, num_rows: int, num_worst: int) -> list[_Case]:
-    ranks = result.table["rank"]
+    ranks = result.table["rank"].astype(float)
     num_images = len(ranks)
     plain = np.unique(np.linspace(0, num_images - 1, min(num_rows, num_images)).astype(int))
+    ranks[plain, 0] = 0  # shown already
     worst_views = ranks.argmax(1)
     order = np.argsort(-ranks.max(1), kind="stable")[:num_worst]
     cases = [_Case(int(image), 0, False) for image in plain]
@@ -82,20 +88,25 @@ def _choose(result: MrrResult, num_rows: int, num_worst: int) -> list[_Case]:
 
 
 def _write_title(figure: Figure, result: MrrResult, conditioning: str, subject: str) -> None:
+    """Ranks alone, no MRR: beside a figure of the same name, of other images or seeds, it would be taken for that one."""
     width, height = figure.get_size_inches()
-    metrics = result.metrics
-    title = (
-        f"{subject}:  MRR {metrics['mrr/mrr']:.3f}  "
-        f"[{metrics['mrr/mrr_low']:.3f}, {metrics['mrr/mrr_high']:.3f}],  chance {metrics['mrr/chance']:.3f}"
+    table = result.table
+    first, near, null, other = (
+        f"{np.mean(table[name] <= limit):.1%}"
+        for name, limit in (
+            ("rank", 1),
+            ("rank", _NEAR),
+            ("zero_action_rank", _NEAR),
+            ("shuffled_action_rank", _NEAR),
+        )
     )
     lines = (
-        f"conditioning: {conditioning};  true view ranked first in {metrics['mrr/h1']:.1%}, among the first ten in "
-        f"{metrics['mrr/h10']:.1%} of {result.table['rank'].size:,} cases\n"
-        f"({len(result.table['rank'])} images, each with {result.table['num_views'][0]} views);  MRR with the null action "
-        f"{metrics['mrr/zero_action']:.3f}, with another view's action {metrics['mrr/shuffled_action']:.3f}"
+        f"conditioning: {conditioning};  {len(table['rank'])} images, each with {table['num_views'][0]} views, "
+        f"{table['rank'].size:,} cases;  true view ranked first in {first} of them,\n"
+        f"among the first {_NEAR} in {near}:  with the null action in {null}, with another view's action in {other}"
     )
     left = _EDGE / width
-    figure.text(left, 1 - 0.17 / height, title, fontsize=TITLE, fontweight="bold", color=INK, va="top")
+    figure.text(left, 1 - 0.17 / height, subject, fontsize=TITLE, fontweight="bold", color=INK, va="top")
     figure.text(left, 1 - 0.45 / height, lines, fontsize=TEXT, color=GREY, va="top", linespacing=1.35)
 
 
@@ -132,7 +143,7 @@ def _draw_case(
     )
     ranks = (table[f"{name}rank"][image, view] for name in ("", "zero_action_", "shuffled_action_"))
     for column, found, rank in zip(imagined, nearest, ranks, strict=True):
-        color = GREEN if rank <= 1 else ORANGE if rank <= _NEAR else RED
+        color = FRAMES[int(rank > 1) + int(rank > _NEAR)]
         show_image(column, bank[found], frame=color, frame_width=2)
         column.set_xlabel(f"rank {rank:g}", fontsize=TEXT, color=INK, fontweight="bold", labelpad=3)
 

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from iwm_ray.config import Config
 from iwm_ray.errors import RunError, UsageError
+from iwm_ray.wording import counted
 
 _CONNECT_SECONDS = 3.0
 _NODE_ANSWER_SECONDS = 30.0
@@ -251,7 +252,7 @@ def describe(present: Sequence[Node], asked: Asked) -> str | None:
         return None
     if sum(node.gpus for node in present) < asked.num_workers * asked.gpus:
         needs = (
-            f"{asked.num_workers} x {asked.gpus:g} GPU need {_plural(asked.num_workers * asked.gpus, 'GPU')}"
+            f"{asked.num_workers} x {asked.gpus:g} GPU need {counted(asked.num_workers * asked.gpus, 'GPU')}"
         )
         return f"runtime.num_workers {needs}, the cluster has {_offer(present, 'gpus')}; {_FEWER}"
     if sum(node.cpus for node in present) < asked.num_workers * asked.cpus + asked.data_cpus:
@@ -265,8 +266,8 @@ def describe(present: Sequence[Node], asked: Asked) -> str | None:
         )
     where = f" on nodes with {asked.data_label}" if asked.data_label else ""
     return (
-        f"runtime.data_cpus {asked.data_cpus:g}: {_plural(sum(left), 'whole CPU')} left{where} beside "
-        f"{_plural(asked.num_workers, 'worker')}, the cluster has {offer}; {_FEWER}"
+        f"runtime.data_cpus {asked.data_cpus:g}: {counted(sum(left), 'whole CPU')} left{where} beside "
+        f"{counted(asked.num_workers, 'worker')}, the cluster has {offer}; {_FEWER}"
     )
 
 
@@ -280,7 +281,7 @@ def describe_machine(cpus: int, gpus: int, asked: Asked) -> str | None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         shown = "not set" if visible is None else repr(visible)
         fix = "lower runtime.num_workers" if gpus else "set runtime.use_gpu False"
-        needs = _plural(asked.num_workers * asked.gpus, "GPU")
+        needs = counted(asked.num_workers * asked.gpus, "GPU")
         return (
             f"runtime.use_gpu True needs {needs}, this machine has {gpus} visible "
             f"(CUDA_VISIBLE_DEVICES {shown}); {fix}"
@@ -289,13 +290,13 @@ def describe_machine(cpus: int, gpus: int, asked: Asked) -> str | None:
         return f"runtime.data_label {asked.data_label!r}: this machine has no labels; leave it empty"
     needed = asked.num_workers * asked.cpus
     if needed > cpus:
-        needs = f"{asked.num_workers} x {asked.cpus:g} CPU need {_plural(needed, 'CPU')}"
+        needs = f"{asked.num_workers} x {asked.cpus:g} CPU need {counted(needed, 'CPU')}"
         return (
             f"runtime.num_workers {needs}, this machine has {cpus}; "
             "lower runtime.num_workers or runtime.cpus_per_worker"
         )
     if asked.data_cpus > cpus:
-        return f"runtime.data_cpus {asked.data_cpus:g}: this machine has {_plural(cpus, 'CPU')}; lower it"
+        return f"runtime.data_cpus {asked.data_cpus:g}: this machine has {counted(cpus, 'CPU')}; lower it"
     return None
 
 
@@ -325,7 +326,7 @@ def _cpus_left(present: Sequence[Node], asked: Asked) -> list[int] | None:
 def _needs(asked: Asked) -> str:
     """`4 x 1 CPU + 1 for data need 5 CPUs`"""
     gpus = " + 1 GPU" if asked.gpus else ""
-    total = _plural(asked.num_workers * asked.cpus + asked.data_cpus, "CPU")
+    total = counted(asked.num_workers * asked.cpus + asked.data_cpus, "CPU")
     return f"{asked.num_workers} x {asked.cpus:g} CPU{gpus} + {asked.data_cpus:g} for data need {total}"
 
 
@@ -335,11 +336,7 @@ def _offer(present: Sequence[Node], what: str = "cpus") -> str:
     each = ", ".join(f"{value:g}" for value in values)
     if len(values) > 4:
         each = ", ".join(f"{count} x {value:g}" for value, count in Counter(values).most_common())
-    return f"{sum(values):g} ({_plural(len(values), 'node')}{': ' if each else ''}{each})"
-
-
-def _plural(count: float, noun: str) -> str:
-    return f"{count:g} {noun}" + ("" if count == 1 else "s")
+    return f"{sum(values):g} ({counted(len(values), 'node')}{': ' if each else ''}{each})"
 
 
 def _wait(asked: Asked, seconds: float, say: Say) -> None:

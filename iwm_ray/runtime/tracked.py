@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from iwm_ray.run_directory import RunDirectory
 from iwm_ray.runtime import tracking
 from iwm_ray.sweeping.record import SweepDirectory, planned
 from iwm_ray.sweeping.report import Report
-from iwm_ray.sweeping.results import BEGUN, NOT_FINISHED, Result, in_grid_order, named_points
+from iwm_ray.sweeping.results import BEGUN, NOT_FINISHED, TRAINED, Result, in_grid_order, named_points
 
 _PARENT = "mlflow.parentRunId"
 _SWEEP = "iwm.sweep"
@@ -23,7 +24,8 @@ _ALL = "attribute.start_time ASC"
 def read_report(where: str, usual: TrackingConfig, folder: Path | None) -> Report:
     """The report of the newest sweep of an experiment; of its runs, where it holds no sweep.
 
-    MLflow knows that a training has ended, not that all else which is asked of its trial is done.
+    MLflow knows that a training has ended, and whether anything was measured since, not that all which is asked of its
+    trial is done.
 
     Args:
         where: an experiment, or the URI of a store, or the id of a sweep's MLflow run, or the name of a sweep, of which the
@@ -63,6 +65,11 @@ def read_report(where: str, usual: TrackingConfig, folder: Path | None) -> Repor
     place = SweepDirectory((folder or Path("runs/sweeps") / f"{experiment.name}-mlflow").absolute())
     definition = _json(client, parent, "sweep.json")
     results = [_result(run, place.run(name)) for name, run in by_hash.items()]
+    if parent:
+        results = [
+            replace(each, status=TRAINED) if each.status == "finished" and not each.is_measured else each
+            for each in results
+        ]
     report = Report(
         place.path,
         f"Sweep {definition.get('name', experiment.name)}",
@@ -72,7 +79,7 @@ def read_report(where: str, usual: TrackingConfig, folder: Path | None) -> Repor
         planned(definition),
     )
     for group in named_points(report.groups).values():
-        _fetch_picture(client, by_hash[group.results[0].path.name], group.results[0].path)
+        _fetch_picture(client, by_hash[group.first.path.name], group.first.path)
     return report
 
 

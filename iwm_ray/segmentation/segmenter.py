@@ -4,12 +4,10 @@ A folder with segmenter.safetensors (predictor, head; the encoder too where it w
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch import Tensor
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.features import measuring, model_device
 from iwm_ray.finetuning.adapter import Origin, read_facts
+from iwm_ray.finetuning.images import AnyImage, channels_first, check_images, rgb_pixels
 from iwm_ray.finetuning.model import Start, Tuned, weights_hash
 from iwm_ray.finetuning.settings import Tune
 from iwm_ray.model.iwm import IWM
@@ -41,17 +40,21 @@ class Facts(Origin):
 class Segmenter:
     """Classes of the pixels of images."""
 
-    trained: Trained
+    trained: Trained = field(repr=False)
     """where its encoder comes from"""
-    tuned: Tuned
+    tuned: Tuned = field(repr=False)
     class_names: tuple[str, ...]
-    action_dim: int
+    action_dim: int = field(repr=False)
     image_size: int
     """side of the images, pixels"""
 
-    def fit(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """`[h w 3]` of any size -> `[s s 3]` as `predict` takes it, but channels last: the whole image, resized."""
-        return resize(image, self.image_size)
+    def fit(self, image: AnyImage) -> Tensor:
+        """An image of any size -> `[3 s s]` uint8, of which `predict` takes a stack: the whole image, resized.
+
+        Raises:
+            UsageError: no RGB image.
+        """
+        return channels_first(resize(rgb_pixels(image), self.image_size))
 
     def predict(self, images: Tensor) -> Tensor:
         """`[b 3 s s]` uint8 RGB, whole images resized to squares -> `[b s s]` int64 classes, on the model's device.
@@ -59,14 +62,10 @@ class Segmenter:
         Raises:
             UsageError: other sizes or types of images.
         """
-        side = self.image_size
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise UsageError(
-                f"images {images.dtype} {list(images.shape)}: needs uint8 [b 3 {side} {side}]; resize them"
-            )
+        check_images(images, self.image_size)
         with measuring(self.tuned):
             pixels = images.to(model_device(self.tuned))
-            return logits(self.tuned, pixels, self.action_dim, side).argmax(1)
+            return logits(self.tuned, pixels, self.action_dim, self.image_size).argmax(1)
 
 
 def save(

@@ -33,7 +33,6 @@ from iwm_ray.sweeping.results import (
     FEWEST,
     GAIN,
     MRR,
-    OUTCOMES,
     Configuration,
     Effect,
     Outcome,
@@ -44,14 +43,17 @@ from iwm_ray.sweeping.results import (
     dial,
     effects,
     in_order,
+    measured,
     named_points,
     pretrain_command,
     read_results,
     sound,
+    span,
     table,
 )
 from iwm_ray.sweeping.space import Point, short_names, short_words
 from iwm_ray.sweeping.words import effect_words, figure, reading, relations
+from iwm_ray.wording import counted
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,12 @@ class Report:
         group, metric = dial(self.groups, want)
         value = figure(group.mean(metric), group.interval(metric))
         seeds = ", ".join(figure(each) for each in group.seeds(metric))
-        low, high = (
-            named_points(self.groups).get(end, group).mean(MRR) for end in ("invariant", "equivariant")
-        )
-        is_beyond = isinstance(want, float) and not low <= want <= high
-        beyond = f"; the known range is {figure(low)} to {figure(high)}" if is_beyond else ""
+        known, beyond = [each.mean(MRR) for each in span(self.groups)], ""
+        if isinstance(want, float) and known and not known[0] <= want <= known[1]:
+            beyond = f"; the known range is {figure(known[0])} to {figure(known[1])}"
+        wish = f"nearest to MRR {want:g}" if isinstance(want, float) else want
         return [
-            f"wanted {want}: nearest known is {group.title}{beyond}",
+            f"{wish}, of {counted(len(sound(self.groups)), 'known configuration')}: {group.title}{beyond}",
             f"  {metric} {value}, 95 %; by seed {seeds}",
             f"  {pretrain_command(group.results[0].config)}",
         ]
@@ -133,9 +134,8 @@ class Report:
             "sweep/finished": float(sum(result.status == "finished" for result in self.results)),
             "sweep/failed": float(len(self.failures)),
         }
-        if named := named_points(self.groups):
-            found["spectrum/lowest_mrr"] = named["invariant"].mean(MRR)
-            found["spectrum/highest_mrr"] = named["equivariant"].mean(MRR)
+        if ends := span(self.groups):
+            found["spectrum/lowest_mrr"], found["spectrum/highest_mrr"] = (each.mean(MRR) for each in ends)
         for each in relations(self.groups):
             if each.is_known:
                 found[f"spectrum/rank_correlation/{each.outcome.metric.replace('*/', '')}"] = each.value
@@ -153,7 +153,7 @@ class Report:
         if not found:
             return {}
         drawn: dict[str, Figure] = {}
-        if shown := _measured(found, min(FEWEST, len(found))):
+        if shown := measured(found, min(FEWEST, len(found))):
             drawn["map"] = self._map(shown)
             drawn["correlations"] = correlation_bars(
                 [
@@ -210,8 +210,7 @@ class Report:
     def _effects(self, shown: Sequence[Outcome]) -> Figure:
         groups = sound(self.groups)
         wanted = {MRR: ("MRR", "")} | {
-            each.metric: (_SHORT.get(each.title, each.title), "points" if each is GAIN else "%")
-            for each in shown
+            each.metric: (_SHORT.get(each.title, each.title), each.unit) for each in shown
         }
         axes = [effect.axis for effect in effects(groups, MRR)]
         rows = []
@@ -257,7 +256,8 @@ class Report:
             if name in pictures
         ]
         if ends := tuple(self._retrieval()):
-            sections.append(Section("retrieval", "Retrieval at both ends", _RETRIEVAL_CAPTION, ends))
+            caption = " ".join([_RETRIEVAL_CAPTION, *(picture.alt for picture in ends)])
+            sections.append(Section("retrieval", "Retrieval at both ends", caption, ends))
         sections += [
             Section("configurations", "Configurations", _TABLE_CAPTION, (), self._configuration_table()),
             Section("health", "Health of every trial", _HEALTH_CAPTION, (), self._health_table()),
@@ -268,9 +268,15 @@ class Report:
     def _retrieval(self) -> Iterator[Picture]:
         """The retrieval pictures that the named points' runs have drawn."""
         for name, group in named_points(self.groups).items():
-            file = RunDirectory(group.results[0].path).pictures / "retrieval.png"
+            shown = group.first
+            file = RunDirectory(shown.path).pictures / "retrieval.png"
             if file.exists():
-                yield Picture(file.read_bytes(), f"Retrieval of the {name} end, {group.title}")
+                ends = (shown.figure(f"{MRR}_low"), shown.figure(f"{MRR}_high"))
+                yield Picture(
+                    file.read_bytes(),
+                    f"The {name} end: seed {shown.config.seed} of {group.title}; MRR of this model "
+                    f"{figure(shown.figure(MRR), ends)}.",
+                )
 
     def _facts(self) -> dict[str, str]:
         facts = {"question": self.question} if self.question else {}
@@ -293,9 +299,9 @@ class Report:
         ]
 
     def _configuration_table(self) -> tuple[tuple[str, ...], ...]:
-        shown = _measured(self.groups, 1)
+        shown = measured(self.groups, 1)
         axes = axes_of(self.groups)
-        figures = (f"{each.title}, % (95 %)" for each in shown)
+        figures = (f"{each.title}, {each.unit} (95 %)" for each in shown)
         head = (*short_names(axes).values(), "seeds", "MRR (95 %)", *figures, "MRR by seed")
         rows = [
             (
@@ -328,7 +334,8 @@ _RELATIONS_CAPTION = (
     "The paper's are over its own configurations on ImageNet (IWM, section 5)."
 )
 _RETRIEVAL_CAPTION = (
-    "What each model takes for the target view: the invariant end, then the equivariant one; first seeds."
+    "What each model takes for the target view, drawn at the end of its training from a few images: figures inside a "
+    "picture are of these images alone; those here are of the table below."
 )
 _MAP_CAPTION = (
     "Each large mark is a configuration, the mean over its seeds; small ones are the seeds. Whiskers are 95 % intervals "
@@ -349,15 +356,6 @@ _HEALTH_CAPTION = (
     "Every trial that was planned, and what the monitors said at the end of training, or why it failed. A trial that has "
     "collapsed is not on the map."
 )
-
-
-def _measured(groups: Sequence[Configuration], fewest: int) -> list[Outcome]:
-    """The outcomes that as many configurations have."""
-    return [
-        outcome
-        for outcome in OUTCOMES
-        if sum(not math.isnan(group.mean(outcome.metric)) for group in groups) >= max(1, fewest)
-    ]
 
 
 def _panel(effect: Effect | None, is_percent: bool) -> EffectPanel:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from iwm_ray import randomness
 from iwm_ray.config import Config
 from iwm_ray.errors import UsageError
 from iwm_ray.evaluation.intervals import repetitions_interval
+from iwm_ray.evaluation.settings import TaskName
 from iwm_ray.recipes import RECIPES
 from iwm_ray.run_directory import read_config
 from iwm_ray.sweeping.record import SweepDirectory, read_json
@@ -38,6 +39,8 @@ BEGUN, NOT_FINISHED = "begun", "not finished"
 """status and health line of a run without a summary"""
 TRAINED = "trained"
 """status of a trial whose training has finished, and not yet all else that its sweep asks of it"""
+_MARKS: dict[str, str] = {"mrr": "mrr/num_views", "knn": "knn/top1_low"}
+"""task -> what it alone writes, where the end of a training writes figures of the same names, of fewer images"""
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,22 @@ class Outcome:
     title: str
     words: str
     """in a sentence"""
+    unit: str = "%"
     paper: float | None = None
     """its correlation with MRR over the paper's configurations (IWM, section 5); None: not reported as a number"""
 
 
-LINEAR = Outcome("linear/top1", "Linear probe", "the linear probe", -0.85)
+LINEAR = Outcome("linear/top1", "Linear probe", "the linear probe", paper=-0.85)
 ATTENTIVE = Outcome("attentive/top1", "Attentive probe", "the attentive probe")
-TUNED = Outcome("finetune/*/top1", "Predictor finetuned", "the finetuned predictor", 0.93)
+TUNED = Outcome("finetune/*/top1", "Predictor finetuned", "the finetuned predictor", paper=0.93)
 GAIN = Outcome(
     "finetune/*/difference",
     "Finetuned − random predictor",
     "the gain of a finetuned predictor over a random one",
+    "points",
 )
 BOTH = Outcome("finetune/*/both/top1", "End to end", "end-to-end finetuning")
-KNN = Outcome("knn/top1", "kNN", "kNN")
+KNN = Outcome("knn/top1", "kNN", "the kNN probe")
 OUTCOMES = (LINEAR, ATTENTIVE, GAIN, TUNED, BOTH, KNN)
 
 
@@ -87,6 +92,20 @@ class Result:
         found = [value for name, value in self.metrics.items() if pattern.fullmatch(name)]
         return float(np.mean(found)) if found else math.nan
 
+    @property
+    def tasks(self) -> list[str]:
+        """What an evaluation has measured: the figures that a training ends with do not count."""
+        return [
+            task
+            for task in get_args(TaskName)
+            if any(name.startswith(_MARKS.get(task, task)) for name in self.metrics)
+        ]
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is more than what a training ends with."""
+        return bool(self.tasks) or any(name.startswith("finetune/") for name in self.metrics)
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -99,6 +118,16 @@ class Configuration:
     @property
     def title(self) -> str:
         return short_words(self.point)
+
+    @property
+    def first(self) -> Result:
+        """Of the first seed that has an MRR; where none has, of the first."""
+        return next((each for each in self.results if not math.isnan(each.figure(MRR))), self.results[0])
+
+    @property
+    def is_above_chance(self) -> bool:
+        """Whether the interval of its MRR leaves out chance."""
+        return self.interval(MRR)[0] > self.mean("mrr/chance")
 
     def by_seed(self, metric: str) -> dict[int, float]:
         """Seed -> figure, of those that have it."""
@@ -227,20 +256,25 @@ def in_grid_order(results: Sequence[Result], known: Mapping[str, Point]) -> list
 
 
 def _comparable(results: Sequence[Result]) -> list[Result]:
-    """Without the kNN of the monitor, on few images and without an interval, and without finetunings that only some of the
-    tuned trials have: a mean over other tasks is another figure."""
+    """Without what is another figure of the same name: the kNN of the monitor, on few images and without an interval;
+    finetunings that only some of the tuned trials have, since a mean over other tasks is another one; and the MRR that a
+    training ends with, on few images and in smaller banks, unless all there are is of this kind and its trial is done."""
+    is_evaluated = any("mrr" in result.tasks for result in results)
     tasks = Counter(task for result in results for task in _tasks(result))
     shared = [task for task, count in tasks.items() if count == max(tasks.values())]
 
-    def is_kept(result: Result, name: str) -> bool:
-        if name.startswith(KNN.metric):
-            return f"{KNN.metric}_low" in result.metrics
-        return not name.startswith("finetune/") or name.split("/")[1] in shared
+    def kept(result: Result) -> dict[str, float]:
+        known = result.tasks
+        has_mrr = "mrr" in known or not (is_evaluated or result.status == TRAINED)
+        return {
+            name: value
+            for name, value in result.metrics.items()
+            if (has_mrr or not name.startswith("mrr/"))
+            and ("knn" in known or not name.startswith(KNN.metric))
+            and (not name.startswith("finetune/") or name.split("/")[1] in shared)
+        }
 
-    return [
-        replace(each, metrics={name: each.metrics[name] for name in each.metrics if is_kept(each, name)})
-        for each in results
-    ]
+    return [replace(each, metrics=kept(each)) for each in results]
 
 
 def _tasks(result: Result) -> set[str]:
@@ -367,12 +401,29 @@ def sound(groups: Sequence[Configuration]) -> list[Configuration]:
     ]
 
 
-def named_points(groups: Sequence[Configuration]) -> dict[str, Configuration]:
-    """The ends of the map: `invariant` (lowest MRR) and `equivariant` (highest MRR) of the sound configurations."""
+def span(groups: Sequence[Configuration]) -> tuple[Configuration, ...]:
+    """The sound configurations with the lowest and the highest MRR; none where there are fewer than two."""
     found = by_mrr(sound(groups))
-    return {"invariant": found[0], "equivariant": found[-1]} if len(found) > 1 else {}
+    return (found[0], found[-1]) if len(found) > 1 else ()
 
 
+def named_points(groups: Sequence[Configuration]) -> dict[str, Configuration]:
+    """The ends of the map: `invariant` (lowest MRR) and `equivariant` (highest MRR) of the sound configurations; none where
+    the highest is not above chance."""
+    found = span(groups)
+    return dict(zip(ENDS, found, strict=True)) if found and found[-1].is_above_chance else {}
+
+
+def measured(groups: Sequence[Configuration], fewest: int) -> list[Outcome]:
+    """The outcomes that as many configurations have, one at least."""
+    return [
+        outcome
+        for outcome in OUTCOMES
+        if sum(not math.isnan(group.mean(outcome.metric)) for group in groups) >= max(1, fewest)
+    ]
+
+
+ENDS = ("invariant", "equivariant")
 _BEST = {"best-linear": LINEAR.metric, "best-attentive": ATTENTIVE.metric, "best-finetuned": TUNED.metric}
 
 
@@ -387,19 +438,47 @@ def dial(groups: Sequence[Configuration], want: str | float) -> tuple[Configurat
         the configuration, and the metric by which it was chosen.
 
     Raises:
-        UsageError: nothing of the kind has been measured.
+        UsageError: nothing of the kind has been measured, or no configuration is above chance.
     """
     found = sound(groups)
     if isinstance(want, float):
         if found:
             return min(found, key=lambda group: abs(group.mean(MRR) - want)), MRR
     elif want in _BEST:
-        measured = [group for group in found if not math.isnan(group.mean(_BEST[want]))]
-        if measured:
-            return max(measured, key=lambda group: group.mean(_BEST[want])), _BEST[want]
+        known = [group for group in found if not math.isnan(group.mean(_BEST[want]))]
+        if known:
+            return max(known, key=lambda group: group.mean(_BEST[want])), _BEST[want]
     elif want in (named := named_points(groups)):
         return named[want], MRR
-    raise UsageError(f"--want {want}: no trial has been measured for it; finish the sweep first")
+    raise UsageError(_why_unknown(groups, want))
+
+
+def _why_unknown(groups: Sequence[Configuration], want: str | float) -> str:
+    """Why the dial knows nothing near a wish, and what helps."""
+    option = f"--want-mrr {want:g}" if isinstance(want, float) else f"--want {want}"
+    finished = [each for group in groups for each in group.results if each.status == "finished"]
+    if not finished:
+        return f"{option}: no trial is finished; finish the sweep first"
+    if not sound(groups):
+        return (
+            f"{option}: no sound configuration has an MRR; the health of every trial in the report says why"
+        )
+    if want in ENDS and span(groups):
+        return f"{option}: the highest MRR is not above chance, so the map has no ends; train longer"
+    if want in ENDS:
+        return f"{option}: one configuration with an MRR makes no map; finish the sweep, or add values to an axis"
+    if want == "best-finetuned":
+        return (
+            f"{option}: no predictor was finetuned; the sweep's command with --finetune.tune predictor (without "
+            "--no-finetune) adds it, and trains nothing again"
+        )
+    task = str(want).removeprefix("best-")
+    known = {name for each in finished for name in each.tasks} | {task}
+    tasks = " ".join(name for name in get_args(TaskName) if name in known)
+    return (
+        f"{option}: {task} was not measured; the sweep's command with --measure.tasks {tasks} adds it, and trains nothing "
+        "again"
+    )
 
 
 def pretrain_command(config: Config) -> str:

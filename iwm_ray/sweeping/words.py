@@ -1,23 +1,27 @@
 """A sweep's results in sentences, computed from the figures: they say no more than the figures do."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from iwm_ray.sweeping.results import (
     FEWEST,
+    GAIN,
     MRR,
-    OUTCOMES,
+    TUNED,
     Configuration,
     Effect,
+    Outcome,
     Relation,
     Result,
     axes_of,
     effects,
-    named_points,
+    measured,
     relation,
     sound,
+    span,
 )
-from iwm_ray.sweeping.space import short_names
+from iwm_ray.sweeping.space import short_names, short_words
+from iwm_ray.wording import counted
 
 
 def reading(results: Sequence[Result], groups: Sequence[Configuration], waiting: int = 0) -> list[str]:
@@ -31,39 +35,50 @@ def reading(results: Sequence[Result], groups: Sequence[Configuration], waiting:
     return [
         *_what_there_is(results, groups, waiting),
         *_range(groups),
-        *(relation_words(each) for each in relations(groups)),
-        *_strongest_axis(groups),
+        *_on_mrr(groups),
+        *_on_outcomes(groups),
+        *_related(relations(groups)),
         *_seeds(groups),
     ]
 
 
 def relations(groups: Sequence[Configuration]) -> list[Relation]:
     """Of MRR with every outcome that any configuration has."""
-    measured = [each for each in OUTCOMES if any(not math.isnan(group.mean(each.metric)) for group in groups)]
-    return [relation(sound(groups), outcome) for outcome in measured]
+    return [relation(sound(groups), outcome) for outcome in measured(groups, 1)]
 
 
-def relation_words(found: Relation) -> str:
-    """One sentence on one relation."""
-    name = found.outcome.words
-    if not found.is_known:
-        reason = f"needs {FEWEST} configurations and has {found.count}"
-        if found.count >= FEWEST:
-            reason = "cannot be told: all have the same figure"
-        return f"The rank correlation of MRR with {name} {reason}."
-    figures = f"{signed(found.value)} (95 % {signed(found.low)} to {signed(found.high)}, n = {found.count})"
-    verb = "rises" if found.value > 0 else "falls"
-    paper = ""
-    if found.outcome.paper is not None:
-        paper = f" The paper reports {signed(found.outcome.paper)}"
-        if found.is_clear:
-            agrees = found.value * found.outcome.paper > 0
-            paper += ": the same direction." if agrees else ": the opposite direction."
-        else:
-            paper += "."
-    if found.is_clear:
-        return f"As MRR rises, {name} {verb}: rank correlation {figures}.{paper}"
-    return f"Whether {name} goes with MRR cannot be told from these configurations: rank correlation {figures}.{paper}"
+def _related(found: Sequence[Relation]) -> list[str]:
+    """A sentence on each relation that is clear, and one on all that are not."""
+    few = [f"{each.outcome.words} has {each.count}" for each in found if each.count < FEWEST]
+    tied = [each.outcome.words for each in found if each.count >= FEWEST and not each.is_known]
+    unclear = [
+        f"{each.outcome.words} ({_correlation(each)})"
+        for each in found
+        if each.is_known and not each.is_clear
+    ]
+    sentences = [
+        f"As MRR rises, {each.outcome.words} {'rises' if each.value > 0 else 'falls'}: rank correlation "
+        f"{_correlation(each)}."
+        for each in found
+        if each.is_clear
+    ]
+    if unclear:
+        sentences.append(f"Whether MRR goes with {_either(unclear)} cannot be told by rank correlation.")
+    if tied:
+        sentences.append(
+            f"The rank correlation of MRR with {_either(tied)} cannot be told: all have the same figure."
+        )
+    if few:
+        sentences.append(f"A rank correlation with MRR needs {FEWEST} configurations; {', '.join(few)}.")
+    return sentences
+
+
+def _correlation(found: Relation) -> str:
+    """`+0.17, 95 % −0.40 to +0.66, n = 12; the paper's −0.85`"""
+    paper = "" if found.outcome.paper is None else f"; the paper's {signed(found.outcome.paper)}"
+    return (
+        f"{signed(found.value)}, 95 % {signed(found.low)} to {signed(found.high)}, n = {found.count}{paper}"
+    )
 
 
 def signed(value: float) -> str:
@@ -72,70 +87,151 @@ def signed(value: float) -> str:
 
 
 def figure(value: float, ends: tuple[float, float] | None = None, percent: bool = False) -> str:
-    """A figure with its interval; empty where it was not measured."""
+    """A figure with its interval; empty where it was not measured. An end that is not 0 is not shown as 0 where one or two
+    more digits tell it."""
     if math.isnan(value):
         return ""
     scale, digits = (100, 1) if percent else (1, 3)
+    ends = None if ends is None or any(math.isnan(end) for end in ends) else ends
+    if ends:
+        more = (digits + n for n in range(3) if all(round(scale * end, digits + n) for end in ends))
+        digits = next(more, digits)
     text = f"{scale * value:.{digits}f}"
-    if ends and not any(math.isnan(end) for end in ends):
+    if ends:
         text += f" ({scale * ends[0]:.{digits}f} to {scale * ends[1]:.{digits}f})"
     return text.replace("-", "−")
 
 
+def _within(text: str) -> str:
+    """A figure with its interval where it stands in brackets itself: `0.045, 0.031 to 0.058`"""
+    return text.replace(" (", ", ").removesuffix(")")
+
+
+def _either(names: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b or c`"""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 def _what_there_is(results: Sequence[Result], groups: Sequence[Configuration], waiting: int) -> list[str]:
-    finished = sum(result.status == "finished" for result in results)
+    finished, planned = sum(result.status == "finished" for result in results), len(results) + waiting
     seeds = [len(group.results) for group in groups]
-    repeated = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
-    text = f"{len(groups)} configurations with {repeated} seed{'s' if max(seeds) > 1 else ''} each; "
-    text += f"{finished} of {len(results) + waiting} trials are finished."
+    repeated = counted(max(seeds), "seed")
+    if min(seeds) < max(seeds):
+        repeated = f"{min(seeds)} to {repeated}"
+    text = f"{counted(len(groups), 'configuration')} with {repeated}{' each' if len(groups) > 1 else ''}; "
+    text += (
+        f"{finished} of {counted(planned, 'trial')} {'is' if 1 in (finished, planned) else 'are'} finished."
+    )
     collapsed = sum(result.health == "collapsed" for result in results)
-    if collapsed:
+    if collapsed == 1:
+        text += " One has collapsed, and its configuration stands in the table alone."
+    elif collapsed:
         text += f" {collapsed} have collapsed, and their configurations stand in the table alone."
     return [text]
 
 
 def _range(groups: Sequence[Configuration]) -> list[str]:
-    named = named_points(groups)
-    if not named:
+    ends = span(groups)
+    if not ends:
         return ["There are too few sound configurations with an MRR to draw a map."]
-    low, high = named["invariant"], named["equivariant"]
+    low, high = ends
     text = (
         f"MRR goes from {figure(low.mean(MRR))} ({low.title}) to {figure(high.mean(MRR))} ({high.title}); "
         f"chance is {figure(high.mean('mrr/chance'))}."
     )
     groups = sound(groups)
-    above = sum(group.interval(MRR)[0] > group.mean("mrr/chance") for group in groups)
+    above = sum(group.is_above_chance for group in groups)
     if not above:
         return [f"{text} No configuration is above chance, so this is no spectrum yet: train longer."]
-    text += f" {above} of {len(groups)} configurations lie above chance."
-    if high.mean(MRR) < 0.5:
+    text += f" {above} of {len(groups)} configurations {'lies' if above == 1 else 'lie'} above chance."
+    if not high.is_above_chance:
+        text += " The highest is not among them, its interval being wide, so no end has a name yet."
+    elif high.mean(MRR) < 0.5:
         text += " The equivariant end is not reached: the paper's has 0.79 or more, in banks of 256 views."
     return [text]
 
 
-def _strongest_axis(groups: Sequence[Configuration]) -> list[str]:
+def _on_mrr(groups: Sequence[Configuration]) -> list[str]:
+    """What the axes do to MRR."""
     found = effects(sound(groups), MRR)
     if not found:
         return []
     short = short_names(axes_of(sound(groups)))
-    by_axis = {short[each.axis]: effect_words(each) for each in found}
     clear = [each for each in found if each.is_clear]
+    others = [each for each in found if not each.is_clear]
+    told = [f"{short[each.axis]} ({_within(effect_words(each))})" for each in others]
     if clear:
-        lead, (low, high) = clear[0], clear[0].ends
-        name = short[lead.axis]
-        text = (
-            f"{name} {'moves MRR most' if lead is found[0] else 'surely moves MRR'}: from {figure(lead.means[low])} on "
-            f"average with {low} to {figure(lead.means[high])} with {high}, by {by_axis.pop(name)}"
+        low, high = (_with(clear[0].axis, end) for end in clear[0].ends)
+        first, last = (
+            figure(value) for value in (min(clear[0].means.values()), max(clear[0].means.values()))
         )
-    elif found[0].is_known:
-        text = "No axis moves MRR by more than seeds differ"
+        sentences = [
+            f"MRR is {'moved most' if clear[0] is found[0] else 'surely moved'} by {short[clear[0].axis]}: from {first} on "
+            f"average {low} to {last} {high}, by {effect_words(clear[0])}"
+            + "".join(f", and by {short[each.axis]}, by {effect_words(each)}" for each in clear[1:])
+            + "."
+        ]
+        if told:
+            sentences.append(f"Whether {_either(told)} moves it is not clear.")
+    elif any(each.is_known for each in found):
+        sentences = [f"No axis moves MRR by more than seeds differ: {', '.join(told)}."]
     else:
-        text = "Whether an axis moves MRR needs more pairs of trials that differ in it alone"
-    text = "; ".join([text, *(f"{name} by {words}" for name, words in by_axis.items())]) + "."
+        sentences = [f"Whether {_either(told)} moves MRR needs more pairs of trials that differ in it alone."]
     unfair = [short[each.axis] for each in found if not each.is_fair]
     if unfair:
-        text += f" No setting of the other axes has every {' or every '.join(unfair)} yet: they have a part in that."
-    return [text]
+        sentences.append(
+            f"No setting of the other axes has every {' or every '.join(unfair)} yet: they have a part in that."
+        )
+    return [" ".join(sentences)]
+
+
+def _on_outcomes(groups: Sequence[Configuration]) -> list[str]:
+    """What the axes surely do to what the features are good for: what the figure of the effects shows bold."""
+    groups = sound(groups)
+    shown = measured(groups, min(FEWEST, len(groups)))
+    found = {outcome: effects(groups, outcome.metric) for outcome in shown}
+    sentences = [
+        _on_outcome(outcome, each) for outcome, each in found.items() if any(one.is_clear for one in each)
+    ]
+    unclear = _unclear_gains(found)
+    if unclear:
+        sentences.append(
+            f"Whether {_either(unclear)} also moves the gain over a random predictor is not clear."
+        )
+    said = sum(each.is_clear for known in found.values() for each in known) + len(unclear)
+    if said < sum(each.is_known for known in found.values() for each in known):
+        sentences.append(
+            f"No {'other ' if sentences else ''}effect of an axis on what the features are good for is clear."
+        )
+    return sentences
+
+
+def _on_outcome(outcome: Outcome, found: Sequence[Effect]) -> str:
+    """`The linear probe is higher with paper than with strong, by 3.4 points (2.0 to 4.8).`"""
+    parts: list[str] = []
+    for each in found:
+        if each.is_clear:
+            low, high = (_with(each.axis, end) for end in each.ends)
+            unit = "" if parts else " points"
+            parts.append(f"{high} than {low}, by {effect_words(each, True).replace(' ', f'{unit} ', 1)}")
+    *most, last = parts
+    listed = f"{', '.join(most)}, and {last}" if most else last
+    return f"{outcome.words[0].upper()}{outcome.words[1:]} is higher {listed}."
+
+
+def _unclear_gains(found: Mapping[Outcome, Sequence[Effect]]) -> list[str]:
+    """The axes that surely move the finetuned predictor, while it is not known whether they move its gain over a control
+    that has seen the same encoder: they may have moved the encoder alone."""
+    gains = {each.axis: each for each in found.get(GAIN, ()) if each.is_known and not each.is_clear}
+    tuned = [each for each in found.get(TUNED, ()) if each.is_clear and each.axis in gains]
+    short = short_names([each.axis for each in found.get(TUNED, ())])
+    return [f"{short[each.axis]} ({_within(effect_words(gains[each.axis], True))} points)" for each in tuned]
+
+
+def _with(axis: str, value: str) -> str:
+    """`with feature`, `with depth 4`"""
+    return f"with {short_words({axis: value})}"
 
 
 def effect_words(effect: Effect, percent: bool = False) -> str:

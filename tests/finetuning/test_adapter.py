@@ -2,13 +2,16 @@ import json
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import iwm_ray
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.finetuning import adapter
 from iwm_ray.finetuning.model import Asking, weights_hash
+from iwm_ray.views.resize import clean_view
 
 NAMES = tuple("abcdefghij")
 
@@ -97,7 +100,9 @@ def test_another_encoder_is_refused_with_both_hashes(save, model):
 
 def test_tasks_have_to_be_named(save):
     _, folder = save(tasks=("photos", "digits"))
-    with pytest.raises(UsageError, match=r"several tasks \(photos, digits\); give --task photos"):
+    with pytest.raises(
+        UsageError, match=r"several tasks \(photos, digits\); give --task photos, in Python task=.photos"
+    ):
         iwm_ray.load(folder)
     with pytest.raises(UsageError, match="task 'birds': .* has photos, digits; choose one"):
         iwm_ray.load(folder, task="birds")
@@ -106,9 +111,26 @@ def test_tasks_have_to_be_named(save):
 
 def test_what_is_no_image_is_refused(save):
     classifier = iwm_ray.load(save()[1])
-    for wrong in (images().float(), images()[0], images()[:, :, :16]):
-        with pytest.raises(UsageError, match=r"needs uint8 \[b 3 32 32\]"):
+    for wrong in (images().float(), images()[0], images()[:, :, :16], images().numpy()):
+        with pytest.raises(UsageError, match=r"needs a torch tensor uint8 \[b 3 32 32\]"):
             classifier.predict(wrong)
+    for nothing in ("file.jpg", np.zeros((32, 32), np.uint8), np.zeros((32, 32, 3))):
+        with pytest.raises(UsageError, match=r"needs a NumPy array uint8 \[h w 3\] or a Pillow image"):
+            classifier.fit(nothing)
+
+
+def test_any_image_is_made_to_fit(save):
+    classifier = iwm_ray.load(save()[1])
+    picture = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
+    fitted = classifier.fit(Image.fromarray(picture))
+    assert torch.equal(fitted, classifier.fit(picture)) and fitted.shape == (3, 32, 32)
+    assert np.array_equal(fitted.permute(1, 2, 0), clean_view(picture, 32))
+    grey = Image.fromarray(picture).convert("L")
+    assert classifier.predict(torch.stack([fitted, classifier.fit(grey)])).shape == (2, 10)
+
+
+def test_a_classifier_is_named_in_a_line(save):
+    assert len(repr(iwm_ray.load(save()[1]))) < 300
 
 
 def test_damage_is_named(save, tmp_path):

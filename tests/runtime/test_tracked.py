@@ -1,6 +1,7 @@
 """The report from MLflow alone says what the report from the folders says."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_mlflow_and_folders_give_the_same_report(swept, tmp_path, where):
     report = read_report(words[where], sweep.base.tracking, tmp_path / "read")
     assert_same(report, directory)
     page = (tmp_path / "read" / "report" / "report.html").read_text()
-    assert "Retrieval of the equivariant end" in page and "it fell over" in page
+    assert "The equivariant end: seed" in page and "it fell over" in page
 
 
 def test_figures_need_no_artifacts(swept, tmp_path, monkeypatch):
@@ -128,6 +129,38 @@ def test_figures_need_no_artifacts(swept, tmp_path, monkeypatch):
         artifacts.with_name("away").rename(artifacts)
     assert report.figures() == {**Report.open(directory.path).figures(), "sweep/failed": 0.0}
     assert not list((tmp_path / "read").rglob("*.png"))
+
+
+def test_a_trial_that_is_only_trained_has_no_mrr(tmp_path):
+    """Its training has ended with one of few images; another one has been measured, or none yet."""
+    directory, sweep = SweepDirectory(tmp_path / "sweep"), make_sweep(f"sqlite:///{tmp_path}/mlflow.db")
+    directory.path.mkdir()
+    trials = sweep.trials()[:2]
+    directory.plan(sweep, trials)
+    ended = {"status": "finished", "health": "ok", "health_line": "ok"}
+    with open_parent(directory, sweep) as parent:
+        parent.log_file(directory.definition, "")
+    closing = {name: value for name, value in figures(3).items() if name.startswith("mrr/")}
+    for trial, rows in zip(
+        trials, ([closing], [closing, figures(2) | {"mrr/num_views": 256.0}]), strict=True
+    ):
+        run = directory.run(trial.hash)
+        run.path.mkdir(parents=True)
+        write_json(run.config, trial.config.model_dump(mode="json"))
+        run.metrics.write_text(
+            "".join(
+                json.dumps({"step": 8, "time": 1.7e9 + place} | row) + "\n" for place, row in enumerate(rows)
+            )
+        )
+        write_json(run.summary, ended | {"metrics": rows[-1]})
+        with Tracker(run.path, trial.config, trial.title, {"mlflow.parentRunId": parent.run_id}) as tracker:
+            tracker.log_tags(summary.tags(ended))
+            tracker.finish()
+        report = read_report("maps", sweep.base.tracking, tmp_path / "read")
+        assert report.results[0].status == "trained"
+        assert math.isnan(report.results[0].figure("mrr/mrr"))
+    assert report.results[1].figure("mrr/mrr") == pytest.approx(0.2 / 3)
+    assert report.results[1].status == "finished"
 
 
 def test_what_cannot_be_read_is_named(swept, tmp_path):

@@ -138,7 +138,9 @@ def test_a_failing_trial_is_named_and_the_rest_is_done_once(
     directory = SweepDirectory(tmp_path / "sweep")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     axes = (Axis.of("predictor.conditioning", "none"), Axis.of("seed", 0, 1))
-    changes = {"--schedule.steps": 8, "--tracking.uri": uri}
+    changes = {"--schedule.steps": 8, "--tracking.uri": uri, "--data.path": "photos_tiny"}
+    changes |= {"--data.test-path": "photos_tiny:test"}
+    tuned = FinetuneConfig(steps=2, seeds=(0,))
 
     directory.path.mkdir()
     assert run_sweep(directory.path, axes, ["--dry-run"], changes) == 0
@@ -148,11 +150,11 @@ def test_a_failing_trial_is_named_and_the_rest_is_done_once(
     blocked = _hash(directory, run_sweep, axes, changes, capsys)
     blocked.parent.mkdir()
     blocked.write_text("in the way")
-    assert run_sweep(directory.path, axes, (), changes) == 1
+    assert run_sweep(directory.path, axes, (), changes, tuned) == 1
     said = capsys.readouterr()
     reason = f"{blocked}: is a file where the trial's folder belongs; remove it"
     title = "predictor.conditioning=none seed=1"
-    assert "1 trials failed" in said.err and f"{title}: {reason}" in said.err
+    assert "1 trial failed" in said.err and f"{title}: {reason}" in said.err
     assert f"again {title}: attempt 1 of 2 failed: {reason}" in said.out
     assert f"/2 {title}: attempt 2 of 2 failed: {reason}" in said.out
     assert tune_errors == []  # no tracebacks of Ray's
@@ -160,7 +162,7 @@ def test_a_failing_trial_is_named_and_the_rest_is_done_once(
     done = next(path.name for path in directory.runs())
 
     blocked.unlink()
-    assert run_sweep(directory.path, axes, (), changes) == 0
+    assert run_sweep(directory.path, axes, (), changes, tuned) == 0
     said = capsys.readouterr().out
     assert "trials     2, 1 of them done" in said
     assert directory.failures() == {}
@@ -198,7 +200,8 @@ def _assert_children(uri: str, count: int) -> None:
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(children) == count and len(runs) == count + 1
+    assert len(children) == count and len(runs) == count + 1  # arms of the finetuning have none
+    assert all("finetune/photos_tiny/top1" in child.data.metrics for child in children)
     assert {child.data.tags["iwm.seed"] for child in children} == {"0", "1"}
     assert {child.data.tags["iwm.group"] for child in children} == {"conditioning=none"}
     assert parent.data.metrics["sweep/finished"] == count

@@ -24,7 +24,7 @@ from iwm_ray.errors import UsageError
 from iwm_ray.run_directory import write_json
 from iwm_ray.sweeping import words
 from iwm_ray.sweeping.record import SweepDirectory
-from iwm_ray.sweeping.report import Report, _measured
+from iwm_ray.sweeping.report import Report
 from iwm_ray.sweeping.results import (
     BOTH,
     FEWEST,
@@ -38,6 +38,7 @@ from iwm_ray.sweeping.results import (
     configurations,
     dial,
     effects,
+    measured,
     named_points,
     pretrain_command,
     read_results,
@@ -188,8 +189,12 @@ def test_the_dial_names_the_nearest(folder):
     groups = configurations(read_results(folder))
     assert dial(groups, 0.42)[0].point["predictor.depth"] == "4"
     assert dial(groups, "best-linear")[0].point == {"predictor.conditioning": "none", "predictor.depth": "2"}
-    with pytest.raises(UsageError, match="no trial has been measured"):
+    with pytest.raises(
+        UsageError, match=r"attentive was not measured; .* --measure.tasks linear attentive adds it"
+    ):
         dial(groups, "best-attentive")
+    with pytest.raises(UsageError, match="no predictor was finetuned; .* --finetune.tune predictor"):
+        dial(groups, "best-finetuned")
     lines = Report.open(folder).wanted(0.42)
     assert "0.500 (0.495 to 0.505)" in lines[1]
     assert "--predictor.depth" not in lines[2]  # the recipe's own
@@ -199,7 +204,7 @@ def test_the_dial_names_the_nearest(folder):
 def test_few_configurations_make_no_claim(folder):
     results = [each for each in read_results(folder) if each.point["predictor.conditioning"] == "none"]
     text = " ".join(words.reading(results, configurations(results)))
-    assert "needs 6 configurations and has 3" in text
+    assert "needs 6 configurations; the linear probe has 3, the gain of a finetuned" in text
     assert "rises" not in text and "falls" not in text
 
 
@@ -209,10 +214,10 @@ def test_words_follow_the_figures(folder):
     assert "12 of 12 trials are finished" in text
     assert "MRR goes from 0.020" in text and "to 0.700" in text
     assert (
-        "conditioning moves MRR most: from 0.030 on average with none to 0.500 with feature, by 0.470 ("
+        "MRR is moved most by conditioning: from 0.030 on average with none to 0.500 with feature, by 0.470 ("
         in text
     )
-    assert "; depth by 0.210 (" in text
+    assert "Whether depth (0.210, −0." in text
     assert "MRR goes from 0.020 (none, depth 2) to 0.700 (feature, depth 8)" in text
     assert "5 of 6 configurations lie above chance" in text
     assert "the gain of a finetuned predictor over a random one rises: rank correlation +1.00" in text
@@ -232,7 +237,8 @@ def test_one_configuration_above_chance_is_enough(folder):
         mrr, half = (0.2, 0.19) if trial.point["predictor.depth"] == "8" else (0.1, 0.01)
         change(folder, trial, **{MRR: mrr, f"{MRR}_low": mrr - half, f"{MRR}_high": mrr + half})
     text = " ".join(Report.open(folder).text)
-    assert "4 of 6 configurations lie above chance" in text and "no spectrum" not in text
+    assert "4 of 6 configurations lie above chance. The highest is not among them" in text
+    assert "no spectrum" not in text
 
 
 def test_no_axis_is_said_to_move_mrr_where_seeds_do(folder):
@@ -240,7 +246,7 @@ def test_no_axis_is_said_to_move_mrr_where_seeds_do(folder):
         change(folder, trial, **{MRR: 0.3 + 0.1 * math.sin(7 * number)})
     found = effects(configurations(read_results(folder)), MRR)
     assert all(each.is_known and not each.is_clear for each in found)
-    assert "No axis moves MRR by more than seeds differ; " in " ".join(Report.open(folder).text)
+    assert "No axis moves MRR by more than seeds differ: " in " ".join(Report.open(folder).text)
 
 
 def test_the_interval_of_an_effect_is_paired_over_the_rest_and_for_all_pairs_at_once(folder):
@@ -302,7 +308,10 @@ def test_a_file_that_is_cut_is_named(folder, name):
 
 def test_the_dials_command_is_the_configuration_and_says_where_it_ends(folder):
     lines = Report.open(folder).wanted(0.9)
-    assert lines[0] == "wanted 0.9: nearest known is feature, depth 8; the known range is 0.020 to 0.700"
+    assert lines[0] == (
+        "nearest to MRR 0.9, of 6 known configurations: feature, depth 8; the known range is 0.020 to 0.700"
+    )
+    assert Report.open(folder).wanted("invariant")[0] == "invariant, of 6 known configurations: none, depth 2"
     assert "range" not in Report.open(folder).wanted(0.42)[0]
     tree = base("laptop").model_dump()
     tree["data"] |= {"path": "my photos/of a 'cat'", "test_path": ""}
@@ -314,7 +323,7 @@ def test_every_finetuning_is_on_the_map_and_among_the_effects(folder):
     for trial in SWEEP.trials():
         change(folder, trial, **{"finetune/a/top1": 0.3, "finetune/a/both/top1": 0.4})
     report = Report.open(folder)
-    shown = [each.title for each in _measured(report.groups, FEWEST)]
+    shown = [each.title for each in measured(report.groups, FEWEST)]
     assert shown == [LINEAR.title, GAIN.title, TUNED.title, BOTH.title]
     figures = report._figures()
     assert [axes.get_title(loc="left") for axes in figures["map"].axes] == shown
@@ -350,10 +359,10 @@ def test_the_names_of_both_ends_are_written_on_nothing(folder):
 
 
 def test_outcomes_of_few_configurations_are_not_drawn(folder):
-    shown = _measured(Report.open(folder).groups, FEWEST)
+    shown = measured(Report.open(folder).groups, FEWEST)
     for trial in SWEEP.trials()[:5]:
         change(folder, trial, **{"attentive/top1": 0.5})
-    assert _measured(Report.open(folder).groups, FEWEST) == shown == [LINEAR, GAIN]
+    assert measured(Report.open(folder).groups, FEWEST) == shown == [LINEAR, GAIN]
 
 
 def test_a_model_at_chance_is_no_spectrum(folder):
@@ -361,9 +370,115 @@ def test_a_model_at_chance_is_no_spectrum(folder):
         found = json.loads((run / "summary.json").read_text())
         found["metrics"] |= {"mrr/mrr": 0.0239, "mrr/mrr_low": 0.02, "mrr/mrr_high": 0.03}
         write_json(run / "summary.json", found)
-    text = " ".join(Report.open(folder).text)
+    report = Report.open(folder)
+    text = " ".join(report.text)
     assert "No configuration is above chance" in text
     assert "cannot be told: all have the same figure" in text
+    page = report.write().read_text()
+    assert "equivariant" not in page and "Retrieval" not in page
+    names = [text.get_text() for axes in report._figures()["map"].axes for text in axes.texts]
+    assert "invariant" not in names and "equivariant" not in names
+    for end in ("invariant", "equivariant"):
+        with pytest.raises(UsageError, match=f"--want {end}: the highest MRR is not above chance"):
+            dial(report.groups, end)
+    assert report.figures()["spectrum/highest_mrr"] == pytest.approx(0.0239)
+    assert "known range is 0.024 to 0.024" in report.wanted(0.5)[0]
+
+
+def test_a_trial_that_is_only_trained_has_no_mrr(folder):
+    """It ends with one of few images in smaller banks, which the evaluation then replaces."""
+    trained, *measured_trials = SWEEP.trials()
+    for trial in measured_trials:
+        change(folder, trial, **{"mrr/num_views": 256.0})
+    lone = {name: value for name, value in metrics(trained).items() if name.startswith("mrr/")}
+    before = Report.open(folder)
+    summary = SweepDirectory(folder).run(trained.hash).summary
+    write_json(summary, json.loads(summary.read_text()) | {"metrics": lone | {MRR: 0.99, "mrr/chance": 0.34}})
+    (summary.parent / "trial.json").unlink()
+    after = Report.open(folder)
+    assert before.groups[0].seeds(MRR) == after.groups[0].seeds(MRR) == pytest.approx([0.03])
+    assert after.groups[0].mean("mrr/chance") == pytest.approx(0.0239)
+    assert after.groups[0].first.config.seed == 1
+    assert "0.990" not in after.write().read_text()
+    # A folder of runs that know nothing of a sweep.
+    (folder / "sweep.json").unlink()
+    assert math.isnan(next(each for each in read_results(folder) if each.path == summary.parent).figure(MRR))
+
+
+def test_the_first_trial_that_is_trained_has_no_mrr_yet(folder):
+    first, *others = SWEEP.trials()
+    for trial in others:
+        shutil.rmtree(SweepDirectory(folder).run(trial.hash).path)
+    done = SweepDirectory(folder).run(first.hash).path / "trial.json"
+    assert read_results(folder)[0].figure(MRR) == pytest.approx(0.01)  # all that its sweep asks is done
+    done.unlink()
+    report = Report.open(folder)
+    assert math.isnan(report.results[0].figure(MRR))
+    assert report.text[0] == "1 configuration with 1 seed; 0 of 12 trials are finished."
+    with pytest.raises(
+        UsageError, match="--want best-attentive: no trial is finished; finish the sweep first"
+    ):
+        report.wanted("best-attentive")
+    report.write()
+
+
+def test_one_is_not_several(folder):
+    trials = SWEEP.trials()
+    for trial in trials[1:]:
+        (SweepDirectory(folder).run(trial.hash).path / "trial.json").unlink()
+    assert "; 1 of 12 trials is finished." in Report.open(folder).text[0]
+
+
+def gains(folder, half: float):
+    """Finetuned: the action adds 0.10. Gain over the control: it adds 0.02, which changes by `half` from pair to pair."""
+    for number, trial in enumerate(SWEEP.trials()):
+        told = trial.point["predictor.conditioning"] == "feature"
+        gain = 0.02 * told + (half if number % 4 < 2 else -half) * told
+        change(folder, trial, **{"finetune/a/top1": 0.3 + 0.1 * told + 0.001 * (number % 2)})
+        change(folder, trial, **{"finetune/a/difference": gain, "finetune/b/difference": gain})
+    return Report.open(folder)
+
+
+def test_clear_effects_on_what_features_are_good_for_are_said(folder):
+    text = " ".join(gains(folder, 0.001).text)
+    assert "The finetuned predictor is higher with feature than with none, by 10.0 points (" in text
+    assert "random one is higher with feature than with none, by 2.0 points (" in text
+    assert "also moves the gain" not in text
+    assert "The linear probe is higher with none than with feature, by 14.0 points (" in text
+
+
+def test_an_effect_that_the_control_shares_is_said_so(folder):
+    report = gains(folder, 0.08)
+    text = " ".join(report.text)
+    assert "random one is higher" not in text
+    assert (
+        "Whether conditioning (2.0, −" in text
+        and " points) also moves the gain over a random predictor is not" in text
+    )
+    assert "No other effect of an axis on what the features are good for is clear." in text
+    sentences = [each.strip() for each in text.split(". ")]
+    assert all(each[0].isupper() or each[0].isdigit() for each in sentences)
+
+
+def test_an_interval_that_leaves_out_0_is_not_written_with_a_0():
+    assert words.figure(0.021, (0.0004, 0.042), percent=True) == "2.10 (0.04 to 4.20)"
+    assert words.figure(0.021, (-0.0004, 0.042), percent=True) == "2.10 (−0.04 to 4.20)"
+    assert words.figure(0.021, (0.0, 0.042), percent=True) == "2.1 (0.0 to 4.2)"
+    assert words.figure(0.021, (1e-17, 0.042), percent=True) == "2.1 (0.0 to 4.2)"
+    assert words.figure(0.5, (0.4, 0.6)) == "0.500 (0.400 to 0.600)"
+
+
+def test_a_difference_is_in_points(folder):
+    head = Report.open(folder).markdown()[0]
+    assert "Linear probe, % (95 %)" in head and "Finetuned − random predictor, points (95 %)" in head
+
+
+def test_the_pictures_of_both_ends_say_whose_they_are(folder):
+    page = Report.open(folder).write().read_text()
+    for end, title, mrr in (("invariant", "none, depth 2", 0.01), ("equivariant", "feature, depth 8", 0.69)):
+        figures = f"{mrr:.3f} ({mrr - 0.005:.3f} to {mrr + 0.005:.3f})"
+        said = f"The {end} end: seed 0 of {title}; MRR of this model {figures}."
+        assert page.count(said) == 2  # beneath the heading, and for those who cannot see it
 
 
 def test_collapsed_and_unfinished_trials_are_named_but_not_on_the_map(folder):
@@ -375,7 +490,7 @@ def test_collapsed_and_unfinished_trials_are_named_but_not_on_the_map(folder):
     directory.run(trials[0].hash).summary.unlink()
     directory.note_failure(trials[0], "RunError: no space left")
     report = Report.open(folder)
-    assert "11 of 12 trials are finished. 1 have collapsed" in report.text[0]
+    assert "11 of 12 trials are finished. One has collapsed, and its configuration stands" in report.text[0]
     assert named_points(report.groups)["equivariant"].mean(MRR) == pytest.approx(0.5)
     page = report.write().read_text()
     assert "collapsed: RankMe 1.0" in page

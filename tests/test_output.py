@@ -1,0 +1,27 @@
+import pytest
+
+from iwm_ray.errors import UsageError
+from iwm_ray.output import new_output
+
+
+def test_what_is_new_or_empty_is_taken_and_its_folder_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert new_output(tmp_path / "empty") == tmp_path / "empty"
+    from_here = tmp_path.relative_to(tmp_path) / "deep/er/file.parquet"
+    assert new_output(from_here) == tmp_path / "deep/er/file.parquet"
+    assert list((tmp_path / "deep/er").iterdir()) == []
+
+
+def test_what_is_there_or_cannot_be_written_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for path, word in (
+        (tmp_path, "there already"),
+        (tmp_path / "file", "there already"),
+        (tmp_path / "file" / "below", "not writable"),
+        (tmp_path / "file" / "far" / "below", "not writable"),
+        ("/proc/x", "not writable"),
+    ):
+        with pytest.raises(UsageError, match=rf"--output {path}: .*{word}.*choose another --output") as error:
+            new_output(type(tmp_path)(path))
+        assert "\n" not in str(error.value)
