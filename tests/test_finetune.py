@@ -310,6 +310,9 @@ def test_an_undecodable_image_is_counted_and_named(clean_run, digits, tmp_path, 
     counts = {"training images of digits": 1, "test images of digits": 1}
     assert read(output / "summary.json")["undecodable"] == counts
     assert all(len(result["correct"]["digits"]) == 39 for result in arms(output).values())
+    classes = [path.parent.name for path in sorted((tmp_path / "test").rglob("*.png"))[1:]]
+    chance = max(map(classes.count, classes)) / 39
+    assert read(output / "summary.json")["metrics"]["finetune/digits/chance"] == pytest.approx(chance)
 
 
 @pytest.mark.parametrize("gigabytes", [4, 0], ids=["tokens", "images"])

@@ -89,7 +89,7 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], figure_name: str, cost
         axes.update_datalim([(place, low), (place, high)])
     axes.margins(x=0.15, y=0.15)
     axes.autoscale_view()
-    axes.set_xlim(left=0)  # so that a small difference of costs looks small
+    axes.set_xlim(left=-0.06 * axes.get_xlim()[1])  # with 0, so that a small difference of costs looks small
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.tick_params(labelsize=SMALL, colors=GREY)
     axes.grid(color=PALE, linewidth=0.6)
