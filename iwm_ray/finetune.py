@@ -58,11 +58,12 @@ def finetune(experiment: "Experiment", stop: "Stop | None" = None, debug: bool =
         tuning_driver.run(experiment, stop, debug)
         found = summary.summarise(experiment.results(), experiment.tasks, experiment.config.ways)
         found |= {"status": "finished", "step": experiment.trained.step}
+        found["undecodable"] = experiment.num_undecodable()
         write_json(experiment.folder / "summary.json", found)
         _draw(experiment, found)
         files = ("config.json", "summary.json", "efficiency.png")
         tuning_driver.track(experiment, found["metrics"], files)
-    print("\n".join(summary.lines(found)))
+    print("\n".join([*summary.lines(found), *experiment.undecodable_lines()]))
     print(f"summary      {experiment.folder / 'summary.json'}")
     print(f"picture      {experiment.folder / 'efficiency.png'}")
     for folder in sorted((experiment.folder / "adapters").glob("*/")):
@@ -70,10 +71,10 @@ def finetune(experiment: "Experiment", stop: "Stop | None" = None, debug: bool =
 
 
 def _draw(experiment: "Experiment", found: dict[str, Any]) -> None:
-    from iwm_ray.pictures.efficiency import accuracy_against_parameters
+    from iwm_ray.pictures.efficiency import accuracy_against_cost
 
     title = f"Finetuning of {experiment.trained.config.recipe}, step {experiment.trained.step}"
-    figure = accuracy_against_parameters(found["efficiency"], title)
+    figure = accuracy_against_cost(found["efficiency"], title)
     figure.savefig(experiment.folder / "efficiency.png")
 
 
@@ -86,7 +87,7 @@ def plan_lines(experiment: "Experiment") -> list[str]:
         f"  model      {trained.path}, {config.encoder} encoder",
         *(
             f"  data       {task.name}: {len(task.train):,} training and {len(task.test):,} test images, "
-            f"{len(task.class_names)} classes; {experiment.num_steps((task.name,))[0]:,} steps"
+            f"{len(task.class_names)} classes; {_steps(experiment, task.name)}"
             for task in experiment.tasks.values()
         ),
         f"  arms       {len(arms)}, {len(arms) - len(left)} of them finished: {len(experiment.families)} networks x "
@@ -94,6 +95,12 @@ def plan_lines(experiment: "Experiment") -> list[str]:
         + (f" + {len(config.lr_grid)} rates to choose from" if config.lr_grid else ""),
         f"  images     {sum(experiment.num_images(arm) for arm in left):,} to train on",
     ]
+
+
+def _steps(experiment: "Experiment", task: str) -> str:
+    """How long is trained for a task, and where shares decide that, of how many steps."""
+    own, everything = experiment.num_steps((task,))[0], sum(experiment.num_steps(tuple(experiment.tasks)))
+    return f"{own:,} steps" + f" of {everything:,} by data.weights" * bool(experiment.config.data.weights)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from iwm_ray.config import RuntimeConfig
 from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.data.index import Index
 from iwm_ray.data.read import Reader, content_hash
-from iwm_ray.data.splits import refuse_shared_images, refuse_unknown_classes
+from iwm_ray.data.splits import refuse_shared_images, refuse_unknown_classes, refuse_unreadable
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation import probes
 from iwm_ray.evaluation.action_regression import MIN_IMAGES, action_features, regress
@@ -185,21 +185,7 @@ class Measurement:
             if index is None:
                 continue
             tried = choose(self.trained.config.seed, index, min(_NUM_TRIED, len(index)), "tried")
-            faults = [reason for data in Reader(index).read_many(tried) if (reason := self._fault(data))]
-            if len(faults) == len(tried):
-                raise UsageError(
-                    f"{setting}: none of {len(tried)} images tried can be read ({faults[0]}); give other images"
-                )
-
-    def _fault(self, data: bytes | Undecodable) -> str:
-        """Why an image can't be decoded; empty where it can."""
-        try:
-            if isinstance(data, Undecodable):
-                raise data
-            decode(data, self.limits)
-        except Undecodable as fault:
-            return fault.reason
-        return ""
+            refuse_unreadable(setting, index, tried, self.limits)
 
     def _check_classes(self) -> None:
         for index, setting in ((self.train, "data.path"), (self.test or self.train, "data.test_path")):

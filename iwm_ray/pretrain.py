@@ -5,12 +5,11 @@ heavy imports stand inside the functions, so that a mistake on the command line 
 """
 
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from iwm_ray import cli
 from iwm_ray.config import Config
@@ -90,25 +89,8 @@ def _build(config: Config, run: RunDirectory) -> "Setup":
 
 def forget_mended_samples(setup: "Setup") -> None:
     """Takes samples that can be read again off the quarantine: they were mended, or their storage was away."""
-    records = setup.run.quarantined()
-    bad = [record for record in records if not _is_mended(setup, record)]
-    if len(bad) < len(records):
-        setup.run.quarantine.write_text("".join(json.dumps(record) + "\n" for record in bad))
-
-
-def _is_mended(setup: "Setup", record: Mapping[str, Any]) -> bool:
-    from iwm_ray.data.decode import Undecodable
-    from iwm_ray.data.read import Reader
-    from iwm_ray.data.taster import deadly
-
-    feed, sample = setup.feed, setup.feed.index.find(record["row_id"])
-    if record.get("deadly") and deadly(Reader(feed.index).read_many([sample]), feed.limits):
-        return False
-    try:
-        feed.image(sample)
-    except Undecodable:
-        return False
-    return True
+    if setup.feed.quarantine:
+        setup.feed.quarantine.forget_mended(setup.feed.index, setup.feed.limits)
 
 
 def tracker_of(setup: "Setup", more_tags: Mapping[str, str] | None = None) -> "NullTracker":

@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -127,6 +128,10 @@ class RunDirectory:
             raise self._refusal(f"{parent} is a file, not a writable folder")
         if not writable:
             raise self._refusal(f"{parent} is not a writable folder")
+        try:  # root may do everything, and still some file systems take no files (/proc)
+            tempfile.TemporaryDirectory(prefix=".iwm_ray-", dir=parent).cleanup()
+        except OSError as error:
+            raise self._refusal(f"{parent} is not a writable folder ({error.strerror})") from None
 
     def create(self, config: Config, data_hash: str) -> None:
         """Writes `config.json` and `environment.json`, which an existing run keeps, and clears what stopped the last start.

@@ -65,11 +65,12 @@ def segment(segmentation: "Segmentation", stop: "Stop | None" = None, debug: boo
         found = summary.summarise(counts, names, segmentation.task, ways)
         found |= {"status": "finished", "step": segmentation.trained.step}
         found["efficiency"] = summary.efficiency(segmentation.costs(), counts, found["metrics"], ways)
+        found["undecodable"] = segmentation.num_undecodable()
         write_json(folder / "summary.json", found)
         pictures = (_draw(segmentation), _draw_efficiency(segmentation, found["efficiency"]))
         files = ("config.json", "summary.json", *(picture.name for picture in pictures))
         tuning_driver.track(segmentation, found["metrics"], files)
-    print("\n".join(summary.lines(found)))
+    print("\n".join([*summary.lines(found), *segmentation.undecodable_lines()]))
     print(f"summary      {folder / 'summary.json'}")
     for picture in pictures:
         print(f"picture      {picture}")
@@ -116,11 +117,11 @@ def _draw(segmentation: "Segmentation") -> Path:
 
 
 def _draw_efficiency(segmentation: "Segmentation", rows: list[dict[str, Any]]) -> Path:
-    from iwm_ray.pictures.efficiency import accuracy_against_parameters
+    from iwm_ray.pictures.efficiency import accuracy_against_cost
 
     title = f"Segmentation by {segmentation.trained.config.recipe}, step {segmentation.trained.step}"
     path = segmentation.folder / "efficiency.png"
-    accuracy_against_parameters(rows, title, "miou", "mIoU").savefig(path)
+    accuracy_against_cost(rows, title, "miou", "mIoU").savefig(path)
     return path
 
 

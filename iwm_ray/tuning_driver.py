@@ -121,6 +121,7 @@ def train_arm(tuning: Tuning, arm: Arm) -> Outcome:
         tracker.finish(TRACKER_STATUS[outcome.status])
     if outcome.status == "failed":
         raise RunError(f"{arm.name}: {outcome.message}")
+    tuning.refuse_undecodable()  # of the test images
     return outcome
 
 

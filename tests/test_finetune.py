@@ -244,9 +244,115 @@ def test_a_dry_run_creates_nothing(clean_run, tmp_path, capsys):
     assert "6, 0 of them finished" in capsys.readouterr().out
 
 
+def test_a_dry_run_says_how_weights_share_out_the_steps(clean_run, digits, tmp_path, capsys):
+    data = [
+        "--data.path",
+        "a=photos_tiny",
+        f"b={digits[0]}",
+        "--data.test-path",
+        "a=photos_tiny:test",
+        f"b={digits[1]}",
+    ]
+    steps = [
+        "--steps",
+        20,
+        "--batch-size",
+        16,
+        "--data.weights",
+        3,
+        1,
+        "--output",
+        tmp_path / "out",
+        "--dry-run",
+    ]
+    assert finetune(clean_run, *data, *steps) == 0
+    out = capsys.readouterr().out
+    assert "30 steps of 40 by data.weights" in out and "10 steps of 40 by data.weights" in out
+
+
+def test_a_dry_run_refuses_where_nothing_can_be_written(clean_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "out", Path("/proc/out")):
+        assert finetune(clean_run, *PHOTOS, *SMALL, "--output", output, "--dry-run") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"--output {output}" in error and "not a writable folder" in error
+
+
 def test_another_finetuning_in_the_same_folder_is_refused(finetuned, clean_run, capsys):
     assert finetune(clean_run, *PHOTOS, *SMALL, "--head", "linear", "--output", finetuned) == 2
-    assert "choose another --output" in capsys.readouterr().err
+    assert "head 'attentive' != 'linear'; choose another --output" in capsys.readouterr().err
+
+
+def damaged(digits, folder, count):
+    """The digits, of which so many of each set are cut short behind a good header; options that name them."""
+    for part, source in zip(("train", "test"), digits, strict=True):
+        shutil.copytree(source, folder / part)
+        for path in sorted((folder / part).rglob("*.png"))[:count]:
+            path.write_bytes(path.read_bytes()[:-40])
+    return ["--data.path", f"digits={folder / 'train'}", "--data.test-path", folder / "test"]
+
+
+@pytest.mark.parametrize("gigabytes", [4, 0], ids=["tokens", "images"])
+def test_an_undecodable_image_is_counted_and_named(clean_run, digits, tmp_path, capsys, gigabytes):
+    output, data = tmp_path / "out", damaged(digits, tmp_path, 1)
+    options = [*data, "--steps", 6, "--batch-size", 16, "--seeds", 0, "--output", output]
+    options += ["--runtime.token-gigabytes", gigabytes, "--runtime.data-workers", 1]
+    assert finetune(clean_run, *options) == 0
+    out = capsys.readouterr().out
+    for part, count in (("training", 80), ("test", 40)):
+        (line,) = (line for line in out.splitlines() if f"{part} images of digits" in line)
+        name = "train" if part == "training" else "test"
+        bad = sorted((tmp_path / name).rglob("*.png"))[0].relative_to(tmp_path / name)
+        assert line.startswith(f"1 of {count} {part} images of digits cannot be decoded, e.g. {bad}: ")
+        file = output / "quarantine" / f"digits-{name}.jsonl"
+        assert line.endswith(f"all are named in {file}")
+        assert json.loads(file.read_text())["row_id"] == str(bad)
+    counts = {"training images of digits": 1, "test images of digits": 1}
+    assert read(output / "summary.json")["undecodable"] == counts
+    assert all(len(result["correct"]["digits"]) == 39 for result in arms(output).values())
+    classes = [path.parent.name for path in sorted((tmp_path / "test").rglob("*.png"))[1:]]
+    chance = max(map(classes.count, classes)) / 39
+    assert read(output / "summary.json")["metrics"]["finetune/digits/chance"] == pytest.approx(chance)
+
+
+@pytest.mark.parametrize("gigabytes", [4, 0], ids=["tokens", "images"])
+def test_too_many_undecodable_images_stop_a_tuning_that_can_go_on(
+    clean_run, digits, tmp_path, capsys, gigabytes
+):
+    output, data = tmp_path / "out", damaged(digits, tmp_path, 3)
+    options = [*data, "--steps", 6, "--batch-size", 16, "--seeds", 0, "--output", output]
+    options += ["--runtime.token-gigabytes", gigabytes]
+    assert finetune(clean_run, *options) == 1
+    error = capsys.readouterr().err
+    assert "3 of 80 training images of digits cannot be decoded, e.g. " in error
+    assert "more than --data.max-bad-fraction 0.001" in error and error.count("\n") == 1
+    assert finetune(clean_run, *options, "--data.max-bad-fraction", 0.1) == 0
+    assert "3 of 40 test images of digits cannot be decoded" in capsys.readouterr().out
+
+
+def test_a_test_set_that_cannot_be_read_is_named(clean_run, digits, tmp_path, capsys):
+    data = ["--data.path", digits[0], *damaged(digits, tmp_path, 40)[2:]]
+    assert finetune(clean_run, *data, "--output", tmp_path / "out", "--dry-run") == 2
+    error = capsys.readouterr().err
+    assert f"--data.test-path {tmp_path / 'test'}: none of 16 images tried can be read, e.g. " in error
+    assert ".png: " in error and error.count("\n") == 1
+
+
+def test_an_encoder_is_told_no_action(clean_run, tmp_path, capsys):
+    output = tmp_path / "out"
+    asked = ["--tune", "predictor", "encoder", "--action", "random", "--seeds", 0, "--output", output]
+    assert finetune(clean_run, *PHOTOS, *SMALL, *asked) == 0
+    told = {
+        path.parent.name.split("-")[0]: read(path)["action"]
+        for path in output.glob("adapters/*/adapter.json")
+    }
+    assert told == {"predictor": "random", "encoder": "null"}
+    metrics = read(output / "summary.json")["metrics"]
+    assert {"finetune/photos_tiny/random_action/top1", "finetune/photos_tiny/encoder/top1"} <= set(metrics)
+    out = capsys.readouterr().out
+    chance = 100 * metrics["finetune/photos_tiny/chance"]
+    assert f"photos_tiny: chance {chance:.2f} % (every image of the most frequent class)" in out
+    assert "photos_tiny/random_action: pretrained minus random predictor " in out
 
 
 @pytest.mark.parametrize(
@@ -260,6 +366,8 @@ def test_another_finetuning_in_the_same_folder_is_refused(finetuned, clean_run, 
         (["--data.path", "photos_tiny", "--data.test-path", "photos_tiny"], ["holds the training images"]),
         ([*PHOTOS, "--checkpoint", "7"], ["kept are the steps"]),
         ([*PHOTOS, "--data.weights", "1", "2"], ["data.weights: 2 given for 1"]),
+        ([*PHOTOS, "--data.num-train", "1"], ["--data.num-train 1", "2 or more"]),
+        ([*PHOTOS, "--drop-path", "0.1"], ["--drop-path 0.1: changes nothing with --tune predictor"]),
         (["--data.path", "/nowhere", "--data.test-path", "photos_tiny"], ["/nowhere"]),
         (
             ["--data.path", "a=photos_tiny", "b=photos_tiny", "--data.test-path", "b=photos_tiny", "a=photos_tiny"],
@@ -289,6 +397,15 @@ def test_what_is_missing_for_ray_is_one_line_and_exit_2(clean_run, tmp_path, cap
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "ray is not installed" in error and where[1] in error
     assert not (tmp_path / "out").exists()
+
+
+def test_images_without_classes(clean_run, digits, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted(Path(digits[0]).rglob("*.png"))[:4]:
+        shutil.copy(path, flat)
+    assert finetune(clean_run, "--data.path", flat, "--data.test-path", digits[1]) == 2
+    assert "no labels; give a folder with one folder for each class, or a Parquet" in capsys.readouterr().err
 
 
 def test_classes_that_do_not_meet(clean_run, digits, tmp_path, capsys):

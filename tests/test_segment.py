@@ -273,6 +273,7 @@ def test_a_batch_without_a_readable_image_is_passed_over(clean_run, shapes, tmp_
     for number in (0, 1, 14, 15):  # all of the last batch; and the first two files
         (root / f"images/val/{number:02}.jpg").write_bytes(b"no picture")
     options = ["--steps", 1, "--batch-size", 1, "--seeds", 0, "--tune", "encoder", "--head", "linear"]
+    options += ["--data.max-bad-fraction", 0.5]
     assert segment(clean_run, *data(root), *options, "--output", tmp_path / "out") == 0
     (counts,) = (tmp_path / "out/arms").glob("*.npy")
     assert len(np.load(counts)) == 12
@@ -299,6 +300,12 @@ def test_the_size_of_pretraining_needs_no_name(clean_run, shapes):
 
 def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path, capsys):
     (tmp_path / "bad.json").write_text("[1]")
+    (tmp_path / "columns.csv").write_text("a,b\n0,ground\n")
+    (tmp_path / "large.json").write_text('{"ground": [0], "shape": [300]}')
+    (tmp_path / "file").write_text("")
+    for path in (shapes / "images/val").iterdir():
+        (tmp_path / "cut" / path.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "cut" / path.name).write_bytes(path.read_bytes()[:-400])
     (tmp_path / "empty").mkdir()
     (tmp_path / "twice.csv").write_text("index,name\n0,ground\n1,shape\n2,shape\n")
     (tmp_path / "both.json").write_text('{"ground": [0, 1], "shape": [1, 2]}')
@@ -313,6 +320,20 @@ def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path
         ([*good, "--data.masks", tmp_path / "empty", *out], ["48 of 48 images have no mask"]),
         ([*good, "--data.classes", tmp_path / "bad.json", *out], ["bad.json", "ccp8"]),
         (
+            [*good, "--data.classes", tmp_path / "columns.csv", *out],
+            ["columns.csv: no column 'name'", "the columns index and name"],
+        ),
+        (
+            [*good, "--data.classes", tmp_path / "large.json", *out],
+            ["large.json", "the class 'shape' has the value 300", "0 to 255"],
+        ),
+        (
+            [*good, "--data.test-path", tmp_path / "cut", *out],
+            [f"--data.test-path {tmp_path / 'cut'}: none of 16 images tried", ".jpg: JPEG"],
+        ),
+        ([*good, "--layer-decay", 0.5, *out], ["--layer-decay 0.5: changes nothing with --tune predictor"]),
+        ([*good, "--output", tmp_path / "file", "--dry-run"], ["not a writable folder"]),
+        (
             [*good, "--data.classes", tmp_path / "twice.csv", *out],
             ["twice.csv", "'shape' stands there twice"],
         ),
@@ -324,12 +345,32 @@ def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path
         ([*good, *(word for pair in same.items() for word in pair), *out], ["holds the training images"]),
         ([*good, "--image-size", 33, *out], ["--image-size 33", "patch of 8"]),
         ([*good, "--head", "unet", *out], ["head 'unet'", "'linear' or 'upernet'"]),
-        ([*good, "--output", segmented[0]], ["choose another --output"]),
+        ([*good, "--output", segmented[0]], ["batch_size 16 != 32 (+3 more)", "choose another --output"]),
     ):
         assert segment(clean_run, *arguments) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("crop_area", [1, 0.5], ids=["tokens", "images"])
+def test_undecodable_images_are_counted_named_and_limited(clean_run, shapes, tmp_path, capsys, crop_area):
+    shutil.copytree(shapes, tmp_path / "shapes")
+    for part, count in (("train", 5), ("val", 1)):
+        for path in sorted((tmp_path / "shapes/images" / part).iterdir())[:count]:
+            path.write_bytes(path.read_bytes()[:-400])
+    options = ["--steps", 6, "--batch-size", 16, "--seeds", 0, "--augment.crop-area", crop_area]
+    options += [*data(tmp_path / "shapes"), "--output", tmp_path / "out"]
+    assert segment(clean_run, *options) == 1
+    assert "5 of 48 training images of shapes cannot be decoded, e.g. 0" in capsys.readouterr().err
+    assert segment(clean_run, *options, "--data.max-bad-fraction", 0.2) == 0
+    out = capsys.readouterr().out
+    assert "5 of 48 training images of shapes cannot be decoded, e.g. 0" in out
+    assert "1 of 16 test images of shapes cannot be decoded, e.g. 00.jpg: JPEG" in out
+    found = json.loads((tmp_path / "out/summary.json").read_text())
+    assert found["undecodable"] == {"training images of shapes": 5, "test images of shapes": 1}
+    assert len((tmp_path / "out/quarantine/train.jsonl").read_text().splitlines()) == 5
+    assert "shapes: chance " in out and "shapes: pretrained minus random predictor " in out
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,17 @@ def decode(data: bytes, limits: DecodeLimits) -> Pixels:
     return _upright(pixels, _orientation(exif)) if exif else pixels
 
 
+def fault(data: bytes | Undecodable, limits: DecodeLimits) -> str:
+    """Why an image can't be decoded, or read (see Reader.read_many); empty where it can."""
+    try:
+        if isinstance(data, Undecodable):
+            raise data
+        decode(data, limits)
+    except Undecodable as verdict:
+        return verdict.reason
+    return ""
+
+
 def _describe(data: bytes) -> str:
     """What the bytes seem to be instead."""
     if not data:

@@ -240,7 +240,8 @@ class _Found:
 def nothing_usable(root: Location, skipped: int) -> UsageError:
     """The error for a place without a single sample."""
     return UsageError(
-        f"0 usable images under {root.setting} {root.shown} (looked for {LOOKED_FOR}; {skipped} other files)"
+        f"0 usable images under {root.setting} {root.shown} (looked for {LOOKED_FOR}; {skipped} other files); "
+        "give another place"
     )
 
 

@@ -9,6 +9,7 @@ ends that one is noted as deadly, and not touched again.
 import contextlib
 import fcntl
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from iwm_ray.data.decode import DecodeLimits, Undecodable
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_ray.data.decode import DecodeLimits, Undecodable, decode, fault
 from iwm_ray.data.index import Index
+from iwm_ray.data.read import Reader
 from iwm_ray.data.taster import deadly
 
+_log = logging.getLogger(__name__)
 _MARKS = ".making"
 
 
@@ -100,6 +106,62 @@ class Quarantine:
                     known.add(row_id)
                     record = {"row_id": row_id, "path": index.path(sample), "reason": reason}
                     file.write(json.dumps(record | {"deadly": are_deadly}) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """What is noted, each sample once."""
+        found = _records(self.file.read_text()) if self.file.exists() else []
+        return list({record["row_id"]: record for record in found}.values())
+
+    def forget_mended(self, index: Index, limits: DecodeLimits) -> None:
+        """Takes samples off that can be read again: they were mended, or their storage was away."""
+        records, reader = self.records(), Reader(index)
+
+        def is_bad(record: dict[str, Any]) -> bool:
+            images = reader.read_many([index.find(record["row_id"])])
+            if record.get("deadly") and deadly(images, limits):
+                return True
+            return bool(fault(images[0], limits))
+
+        bad = [record for record in records if is_bad(record)]
+        if len(bad) < len(records):
+            self.file.write_text("".join(json.dumps(record) + "\n" for record in bad))
+
+
+def readable(
+    reader: Reader,
+    index: Index,
+    samples: NDArray[np.int64],
+    limits: DecodeLimits,
+    quarantine: Quarantine | None,
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Reads images, and notes those that cannot be decoded.
+
+    Args:
+        reader: of the index.
+        index: of the samples.
+        samples: `[k]` their numbers.
+        limits: of the decoder.
+        quarantine: where the others are noted; None: nowhere.
+
+    Yields:
+        place in `samples` and the image `[h w 3]`.
+    """
+    reasons: dict[int, str] = {}
+    for place, data in enumerate(reader.read_many(samples)):
+        try:
+            if isinstance(data, Undecodable):
+                raise data
+            image = decode(data, limits)
+        except Undecodable as verdict:
+            reasons[int(samples[place])] = verdict.reason
+            continue
+        yield place, image
+    if reasons and quarantine is not None:
+        try:
+            quarantine.file.parent.mkdir(parents=True, exist_ok=True)
+            quarantine.add(index, list(reasons), list(reasons.values()))
+        except OSError as error:  # a full disk: training is worth more than the note
+            _log.warning("quarantine: %d samples not noted (%s)", len(reasons), error.strerror)
 
 
 def _modified(file: Path) -> int:

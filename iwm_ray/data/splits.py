@@ -1,10 +1,11 @@
-"""Training and test images: what must hold of the two, so that a figure is not better than the model."""
+"""Training and test images: what must hold of them, so that a figure is not better than the model."""
 
 import numpy as np
 from numpy.typing import NDArray
 
+from iwm_ray.data.decode import DecodeLimits, fault
 from iwm_ray.data.index import Index
-from iwm_ray.data.read import content_hash
+from iwm_ray.data.read import Reader, content_hash
 from iwm_ray.errors import UsageError
 
 
@@ -53,3 +54,21 @@ def refuse_unknown_classes(words: str, train: Index, test: Index) -> None:
             f"{words}: class {test.class_names[unknown[0]]} is not among the training images; "
             "give test images of the training classes"
         )
+
+
+def refuse_unreadable(words: str, index: Index, tried: NDArray[np.int64], limits: DecodeLimits) -> None:
+    """Raises UsageError where none of a few images can be decoded: the rest is hardly better.
+
+    Args:
+        words: the setting that names the images.
+        index: where they come from.
+        tried: `[k]` sample numbers.
+        limits: of the decoder.
+    """
+    reasons = [fault(data, limits) for data in Reader(index).read_many(tried)]
+    if not all(reasons):
+        return
+    raise UsageError(
+        f"{words}: none of {len(tried)} images tried can be read, e.g. {index.row_id(int(tried[0]))}: {reasons[0]}; give "
+        "other images"
+    )

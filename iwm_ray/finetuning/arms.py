@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from iwm_ray.errors import RunError
 from iwm_ray.finetuning.model import Start
-from iwm_ray.finetuning.settings import FinetuneConfig, Tune
+from iwm_ray.finetuning.settings import RANDOM_ACTION, TARGETS, FinetuneConfig, Tune
 from iwm_ray.run_directory import write_json
 
 TUNES: tuple[Tune, ...] = get_args(Tune)
@@ -107,6 +107,8 @@ def figure_name(family: Family, task: str, figure: str, ways: tuple[str, ...]) -
     """
     words = ["finetune", task] + ["multitask"] * (len(family.tasks) > 1)
     words += [family.tune] * (family.tune != "predictor")
+    if family.tune == "encoder":
+        ways = tuple(way for way in ways if not way.startswith((RANDOM_ACTION, TARGETS)))
     return "/".join([*words, *ways, figure]) + "_random_predictor" * (family.start == "random")
 
 

@@ -1,7 +1,6 @@
 """Labelled images of one or several tasks: as cached tokens of a frozen encoder, or as images read at every step."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from iwm_ray.config import Config
-from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
+from iwm_ray.data.decode import DecodeLimits
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
+from iwm_ray.data.quarantine import Quarantine, readable
 from iwm_ray.data.read import Reader
-from iwm_ray.data.splits import refuse_shared_images, refuse_unknown_classes
+from iwm_ray.data.splits import refuse_shared_images, refuse_unknown_classes, refuse_unreadable
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.encoders import FrozenEncoder
 from iwm_ray.evaluation.features import Features, measuring
@@ -27,6 +27,8 @@ from iwm_ray.randomness import integers, uniforms
 from iwm_ray.views.resize import clean_view
 
 _READ_AT_ONCE = 256
+NUM_TRIED = 16
+"""images of each set that are read before anything begins"""
 _CHOICE_EPOCH = 2**31 - 2
 """names the permutation from which images are chosen: none that training reaches"""
 
@@ -78,6 +80,8 @@ class ImageRows:
     limits: DecodeLimits
     augment: AugmentConfig | None = None
     """None: the full, untransformed image (its middle square, resized)"""
+    quarantine: Quarantine | None = None
+    """where images that cannot be decoded are noted; None: nowhere"""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -90,15 +94,19 @@ class ImageRows:
     def rows(self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int) -> Drawn:
         samples = self.samples[places]
         images = torch.zeros(len(places), 3, self.size, self.size, dtype=torch.uint8)
-        readable = np.zeros(len(places), np.bool_)
-        for i, data in enumerate(self._reader.read_many(samples)):
-            with suppress(Undecodable):
-                if isinstance(data, Undecodable):
-                    raise data
-                image = decode(data, self.limits)
-                images[i] = self._transform(image, _draws(seed, epochs[i : i + 1], samples[i : i + 1])[0])
-                readable[i] = True
-        return Drawn(images, torch.from_numpy(self.labels[places]), samples, readable)
+        found = np.zeros(len(places), np.bool_)
+        for i, image in readable(self._reader, self.index, samples, self.limits, self.quarantine):
+            images[i] = self._transform(image, _draws(seed, epochs[i : i + 1], samples[i : i + 1])[0])
+            found[i] = True
+        return Drawn(images, torch.from_numpy(self.labels[places]), samples, found)
+
+    @property
+    def judged_labels(self) -> NDArray[np.int64]:
+        """Classes of the images that are not noted as undecodable."""
+        noted = {record["row_id"] for record in self.quarantine.records()} if self.quarantine else set()
+        if not noted:
+            return self.labels
+        return self.labels[[self.index.row_id(int(sample)) not in noted for sample in self.samples]]
 
     def part(self, start: int, stop: int) -> "ImageRows":
         """Rows `start` to `stop` - 1 alone."""
@@ -244,8 +252,10 @@ def open_tasks(config: FinetuneConfig, run: Config, cache: Path) -> list[Task]:
         cache: folder of the data indices.
 
     Raises:
-        UsageError: no data, names that don't fit together, no labels, test images of any task that one is trained on.
+        UsageError: no data, names that don't fit together, no labels, test images of any task that one is trained on,
+            settings of what is not tuned.
     """
+    config.refuse_unused()
     train, test = (
         named_paths("data.path", config.data.path),
         named_paths("data.test_path", config.data.test_path),
@@ -301,7 +311,10 @@ def _open_task(
     data = run.data.model_copy(update={"path": path, "test_path": test_path, **columns})
     train, test = (Index.open(data, where, cache) for where in (path, test_path))
     if not train.class_names:
-        raise UsageError(f"--data.path {path}: the images have no labels; finetuning needs classes")
+        raise UsageError(
+            f"--data.path {path}: the images have no labels; give a folder with one folder for each class, or a Parquet "
+            "file and the name of its --data.label-column"
+        )
     words = f"--data.test-path {test_path}"
     refuse_unknown_classes(words, train, test)
     limits = DecodeLimits.from_config(data)
@@ -314,11 +327,18 @@ def _open_task(
         return ImageRows(index, chosen, labels[chosen], run.views.image_size, limits)
 
     task = Task(name, train.class_names, rows(train, config.data.num_train), rows(test, config.data.num_test))
-    if len(task.train) < 2 or not len(task.test):
+    if config.data.num_train == 1:
+        raise UsageError("--data.num-train 1: one image alone cannot be told from others; give 2 or more")
+    if len(task.train) < 2:
         raise UsageError(
-            f"{words}: {len(task.test)} images of a class of {path}, which has {len(task.train)} "
-            "labelled images; give sets with the same class names"
+            f"--data.path {path}: {len(task.train)} labelled images; training needs 2 or more, give others"
         )
+    if not len(task.test):
+        raise UsageError(
+            f"{words}: no image of a class of --data.path {path}; give labelled images of the same class names"
+        )
+    for setting, split in ((f"--data.path {path}", task.train), (words, task.test)):
+        refuse_unreadable(setting, split.index, split.samples[:NUM_TRIED], limits)
     return task
 
 
@@ -335,6 +355,11 @@ class Images(Protocol):
 
     @property
     def limits(self) -> DecodeLimits: ...
+
+    @property
+    def quarantine(self) -> Quarantine | None:
+        """Where those that cannot be decoded are noted."""
+        ...
 
 
 Extract = Callable[[FrozenEncoder, Images], Features]
@@ -356,15 +381,10 @@ def encode(encoder: FrozenEncoder, images: Images, batch_size: int = _READ_AT_ON
     values, samples = [], []
     with measuring(model):
         for places in _in_parts(len(images.samples), batch_size):
-            views, found = [], []
-            for sample, data in zip(
-                images.samples[places], reader.read_many(images.samples[places]), strict=True
-            ):
-                with suppress(Undecodable):
-                    if isinstance(data, Undecodable):
-                        raise data
-                    views.append(_channels_first(encoder.view(decode(data, images.limits))))
-                    found.append(sample)
+            asked, views, found = images.samples[places], [], []
+            for place, image in readable(reader, images.index, asked, images.limits, None):
+                views.append(_channels_first(encoder.view(image)))
+                found.append(asked[place])
             if found:
                 values.append(model.tokens(torch.stack(views))[0].numpy())
                 samples.append(np.array(found))
@@ -373,6 +393,14 @@ def encode(encoder: FrozenEncoder, images: Images, batch_size: int = _READ_AT_ON
     known = np.concatenate(samples)
     labels, names = images.index.labels[known].astype(np.int64), images.index.class_names
     return Features(np.concatenate(values), labels, known, names, encoder.hash)
+
+
+def note_missing(images: Images, found: Features) -> None:
+    """Reads images that have no features once more, which notes why: the features may have been made for another tuning."""
+    missing, reader = images.samples[~np.isin(images.samples, found.samples)], Reader(images.index)
+    for places in _in_parts(len(missing), _READ_AT_ONCE):
+        for _ in readable(reader, images.index, missing[places], images.limits, images.quarantine):
+            pass
 
 
 def in_order(split: Split, batch_size: int) -> Iterator[Drawn]:

@@ -12,6 +12,7 @@ import torch
 
 from iwm_ray.build import cache_folder
 from iwm_ray.data.index import Index
+from iwm_ray.data.quarantine import Quarantine
 from iwm_ray.data.read import content_hash
 from iwm_ray.errors import UsageError
 from iwm_ray.evaluation.encoders import RunEncoder
@@ -34,6 +35,7 @@ from iwm_ray.finetuning.classification import ClassObjective, measure
 from iwm_ray.finetuning.data import (
     Extract,
     ImageRows,
+    Images,
     Split,
     Steps,
     Task,
@@ -41,6 +43,7 @@ from iwm_ray.finetuning.data import (
     Tokens,
     alternate,
     encode,
+    note_missing,
     open_tasks,
 )
 from iwm_ray.finetuning.fit import Fitted
@@ -80,9 +83,11 @@ class Experiment(Tuning):
         tasks = {task.name: task for task in open_tasks(config, trained.config, cache)}
         experiment = cls(trained, config, output or Path(), tasks, extract)
         folder = output or trained.run.path / "finetune" / experiment.name
-        experiment = replace(experiment, folder=folder.absolute())
+        folder = folder.absolute()
+        tasks = {name: _noting(task, folder / "quarantine") for name, task in tasks.items()}
+        experiment = replace(experiment, folder=folder, tasks=tasks)
         experiment.check_batch(config.head == "linear")
-        experiment.refuse_other()
+        experiment.check_folder()
         return experiment
 
     @cached_property
@@ -100,6 +105,13 @@ class Experiment(Tuning):
     @property
     def families(self) -> list[Family]:
         return list(families(self.config, tuple(self.tasks)))
+
+    @property
+    def image_sets(self) -> dict[str, Images]:
+        found: dict[str, Images] = {}
+        for name, task in self.tasks.items():
+            found |= {f"training images of {name}": task.train, f"test images of {name}": task.test}
+        return found
 
     @property
     def batch_size(self) -> int:
@@ -205,7 +217,10 @@ class Experiment(Tuning):
         if self.keeps(arm):
             class_names = {name: self.tasks[name].class_names for name in names}
             encoder_hash = weights_hash(before.encoder)
-            adapter.save(self.adapter(arm), tuned, self.trained, self.config, class_names, encoder_hash)
+            config = self.config
+            if arm.tune == "encoder":  # there is no predictor that is told anything
+                config = config.model_copy(update={"action": "null", "target_fraction": 1.0})
+            adapter.save(self.adapter(arm), tuned, self.trained, config, class_names, encoder_hash)
         figures = _figures(arm, result, self.config.ways)
         write_result(self.folder / "arms", arm, result, self.config.deciding(), figures)
 
@@ -251,6 +266,7 @@ class Experiment(Tuning):
         key = (encoder.hash, rows.index, rows.samples.tobytes())
         if key not in self._tokens:
             self._tokens[key] = self.extract(encoder, rows)
+            note_missing(rows, self._tokens[key])
         return self._tokens[key]
 
     @property
@@ -259,6 +275,14 @@ class Experiment(Tuning):
         run, config = self.trained.config, self.config
         positions = run.grid[0] * run.grid[1]
         return Asking(self.trained.policy, positions, config.action == "random", config.target_fraction)
+
+
+def _noting(task: Task, folder: Path) -> Task:
+    """The task; of its images those that cannot be decoded are noted in files of this folder."""
+    train, test = (Quarantine(folder / f"{task.name}-{part}.jsonl") for part in ("train", "test"))
+    return replace(
+        task, train=replace(task.train, quarantine=train), test=replace(task.test, quarantine=test)
+    )
 
 
 def cache_of(trained: Trained, config: TuningConfig) -> Path:

@@ -225,6 +225,7 @@ class Between:
         state: where the training begins or goes on.
         batch_size: images of a step, over all workers.
         generation: of this attempt.
+        refuse: raises RunError where the data are too bad to go on.
     """
 
     def __init__(
@@ -235,7 +236,9 @@ class Between:
         state: TuneState,
         batch_size: int,
         generation: int,
+        refuse: Callable[[], None] = lambda: None,
     ) -> None:
+        self._refuse = refuse
         self._run, self._stop_request, self._worker = run, stop_request.stop_request, worker
         self._size, self._generation = batch_size, generation
         self._every = checkpoint_every(state.tuning.runtime, state.total_steps)
@@ -281,6 +284,7 @@ class Between:
             per_second = (state.step - step) * self._size / seconds
             metrics = {"train/loss": loss, "train/lr": rate, "train/samples_per_second": per_second}
             self._log.append(state.step, metrics)
+            self._refuse()
 
     def _save(self, state: TuneState) -> None:
         begin = time.monotonic()

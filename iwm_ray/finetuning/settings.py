@@ -7,14 +7,28 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from iwm_ray.config import Fraction, Positive, RuntimeConfig, _Part, flat, refuse_credentials
+from iwm_ray.errors import UsageError
 
 Tune = Literal["predictor", "encoder", "both"]
 
 _ADDING = ("tune", "seeds", "single_tasks")
-_PLACES = ("path", "test_path", "masks", "test_masks", "classes")
+RANDOM_ACTION, TARGETS = "random_action", "targets"
+"""ways (see TuningConfig.ways) to ask the predictor: nothing is asked where the encoder alone is tuned"""
+PLACES = ("path", "test_path", "masks", "test_masks", "classes")
+"""of the data: their contents decide, wherever they lie"""
+# What is told the predictor alone, and what is of the encoder alone.
+_OF_PREDICTOR, _OF_ENCODER = ("action", "target_fraction"), ("layer_decay", "drop_path")
 
 
-class FinetuneDataConfig(_Part):
+class TuningDataConfig(_Part):
+    """What all data of tunings have."""
+
+    max_bad_fraction: Fraction | None = None
+    """the share of undecodable images of a set above which the tuning stops (one is always allowed); None: that of
+    pretraining"""
+
+
+class FinetuneDataConfig(TuningDataConfig):
     """Which labelled images are read; several data sets make a multi-task finetuning."""
 
     path: tuple[str, ...] = ()
@@ -32,7 +46,7 @@ class FinetuneDataConfig(_Part):
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """share of the training images on which a learning rate of `lr_grid` is chosen"""
     weights: tuple[Positive, ...] = ()
-    """share of the batches that each data set gets, in their order; empty: by number of images"""
+    """share of all steps, of `steps` or `epochs`, that each data set gets, in their order; empty: each has its own"""
 
     @model_validator(mode="after")
     def _paths_hold_no_credentials(self) -> Self:
@@ -117,6 +131,7 @@ class TuningConfig(_Part):
     """factor of the learning rate from each encoder block to the one below it"""
     clip_grad_norm: NonNegativeFloat = 1.0
     """gradients of a larger norm are scaled down to it; 0: never"""
+    data: TuningDataConfig = TuningDataConfig()
     runtime: TuningRuntimeConfig = TuningRuntimeConfig()
     tracking: TuningTrackingConfig = TuningTrackingConfig()
 
@@ -149,9 +164,25 @@ class TuningConfig(_Part):
         """Words in the names of figures: what is not done in the paper's usual way."""
         return ()
 
+    def refuse_unused(self) -> None:
+        """Raises UsageError for a setting of a part that is not tuned: whoever gives it would believe in its effect.
+
+        No validator: what earlier versions have written down must stay readable.
+        """
+        usual = type(self)()
+        parts = ((_OF_PREDICTOR, ("encoder",), "predictor"), (_OF_ENCODER, ("predictor",), "encoder"))
+        for names, alone, part in parts:
+            for name in names:
+                if self.tune == alone and getattr(self, name, None) != getattr(usual, name, None):
+                    raise UsageError(
+                        f"--{name.replace('_', '-')} {getattr(self, name)}: changes nothing with --tune {alone[0]}; leave "
+                        f"it out, or tune {part} or both"
+                    )
+
     def deciding(self) -> dict[str, Any]:
         """What all arms of one folder share, as JSON: not where and how fast, nor what only adds arms to it."""
         tree = self.model_dump(mode="json", exclude={"runtime", "tracking", *_ADDING})
+        del tree["data"]["max_bad_fraction"]
         return tree | {"lr": self.default_lr, "lr_grid": list(self.lr_grid) if self.chooses_rate else []}
 
     def hash(self, *parts: str) -> str:
@@ -161,7 +192,7 @@ class TuningConfig(_Part):
             parts: what else decides it: weights and the contents of the data, wherever those lie.
         """
         tree = self.deciding()
-        tree["data"] = {name: value for name, value in tree["data"].items() if name not in _PLACES}
+        tree["data"] = {name: value for name, value in tree["data"].items() if name not in PLACES}
         text = json.dumps([tree, *parts], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -178,7 +209,7 @@ class FinetuneConfig(TuningConfig):
     epochs: Positive = 20
     """passes over each training set"""
     steps: NonNegativeInt = 0
-    """optimizer steps for each data set; 0: from epochs"""
+    """optimizer steps for each data set (`data.weights` share out the sum of all of them); 0: from epochs"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """stochastic depth of the encoder's last block, where the encoder is trained; it falls linearly to 0 at the first"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -200,5 +231,5 @@ class FinetuneConfig(TuningConfig):
     @property
     def ways(self) -> tuple[str, ...]:
         ways = ["linear_head"] * (self.head == "linear") + ["context_encoder"] * (self.encoder == "context")
-        ways += ["random_action"] * (self.action == "random")
-        return tuple(ways + [f"targets{self.target_fraction:g}"] * (self.target_fraction < 1))
+        ways += [RANDOM_ACTION] * (self.action == "random")
+        return tuple(ways + [f"{TARGETS}{self.target_fraction:g}"] * (self.target_fraction < 1))

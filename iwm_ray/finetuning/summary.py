@@ -38,7 +38,8 @@ def summarise(
     metrics: dict[str, float] = {}
     num_seeds: dict[str, int] = {}
     for name, task in tasks.items():
-        metrics[f"finetune/{name}/chance"] = float(np.bincount(task.test.labels).max() / len(task.test))
+        labels = task.test.judged_labels
+        metrics[f"finetune/{name}/chance"] = float(np.bincount(labels).max() / len(labels))
     for family, found in tables.items():
         for task_name in family.tasks:
             figures = {"top1": (rights(found, found, task_name), 0.0)}
@@ -62,7 +63,8 @@ def rights(results: Seeds, seeds: Iterable[int], task: str) -> NDArray[np.float6
 
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary as a table."""
-    return [*table_lines(summary["efficiency"], "top1", "top-1"), "", *_differences(summary)]
+    table = table_lines(summary["efficiency"], "top1", "top-1")
+    return [*table, "", *sentences(summary, "every image of the most frequent class")]
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]], figure: str, label: str) -> list[str]:
@@ -142,19 +144,31 @@ def efficiency_row(
     }
 
 
-def _differences(summary: Mapping[str, Any]) -> Iterator[str]:
+_COMPARED = {
+    "difference": "pretrained minus random predictor",
+    "miou_difference": "pretrained minus random predictor",
+    "minus_single": "together minus alone",
+    "minus_single_random_predictor": "together minus alone, random predictor",
+}
+
+
+def sentences(summary: Mapping[str, Any], chance: str) -> Iterator[str]:
+    """What is said below the table: chance, and every difference.
+
+    Args:
+        summary: see `summarise`.
+        chance: what is right by chance, in words.
+    """
     for name, value in summary["metrics"].items():
-        what = name.rpartition("/")[2]
-        if not what.startswith(("difference", "minus_single")) or what.endswith(("_low", "_high")):
-            continue
-        words = "pretrained minus random predictor" if what == "difference" else "together minus alone"
-        if what.endswith("_random_predictor"):
-            words += ", random predictor"
-        where = name.removeprefix("finetune/").rpartition("/")[0]
-        yield f"{where}: {words} {100 * value:+.2f} points ({ends_of_difference(summary, name)})"
+        where, _, what = name.removeprefix("finetune/").rpartition("/")
+        if what in ("chance", "miou_chance"):
+            yield f"{where}: chance {100 * value:.2f} % ({chance})"
+        elif what in _COMPARED:
+            ends = _ends_of_difference(summary, name)
+            yield f"{where}: {_COMPARED[what]} {100 * value:+.2f} points ({ends})"
 
 
-def ends_of_difference(summary: Mapping[str, Any], name: str) -> str:
+def _ends_of_difference(summary: Mapping[str, Any], name: str) -> str:
     """`95 %: -1.20 to +3.40`, in points; of one seed it says over what it is."""
     low, high = (100 * summary["metrics"][f"{name}_{end}"] for end in ("low", "high"))
     over = ", over test images, one seed" * (summary["num_seeds"][name] == 1)

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from iwm_ray.config import flat
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.feed import Rows
 from iwm_ray.finetuning.arms import Arm, Family
+from iwm_ray.finetuning.data import Images
 from iwm_ray.finetuning.fit import ArmRecord, Between, DivergedError, Fitted, Objective, TuneState, fit
 from iwm_ray.finetuning.model import Tuned
-from iwm_ray.finetuning.settings import TuningConfig, TuningRuntimeConfig
+from iwm_ray.finetuning.settings import PLACES, TuningConfig, TuningRuntimeConfig
 from iwm_ray.loader import to_tensors
 from iwm_ray.model.encoder import Encoder
 from iwm_ray.run_directory import RunDirectory, write_json
@@ -59,6 +61,11 @@ class Tuning(ABC):
     @abstractmethod
     def batch_size(self) -> int:
         """Images of a step, over all workers."""
+
+    @property
+    @abstractmethod
+    def image_sets(self) -> dict[str, Images]:
+        """All sets of images, by what they are called: `training images of photos`."""
 
     @abstractmethod
     def num_steps_of(self, arm: Arm) -> int:
@@ -125,25 +132,57 @@ class Tuning(ABC):
         return {"name": self.name} | self.config.deciding()
 
     def start(self) -> None:
-        """Records it in the folder; what an earlier call has written stays, for it is the same."""
+        """Records it in the folder; what an earlier call has written stays, for it is the same, but for images that could
+        not be decoded then and can be now."""
         path = self.folder / "config.json"
         if not path.exists():
             write_json(path, self.record())
+        for images in self.image_sets.values():
+            if images.quarantine is not None:
+                images.quarantine.forget_mended(images.index, images.limits)
 
-    def refuse_other(self) -> None:
-        """Raises UsageError where the folder holds the arms of another tuning, RunError where its record is damaged."""
+    def num_undecodable(self) -> dict[str, int]:
+        """How many images of each set could not be decoded so far: of training images only those that were read."""
+        return {name: len(_noted(images)) for name, images in self.image_sets.items()}
+
+    def undecodable_lines(self) -> list[str]:
+        """One line for each set with images that could not be decoded."""
+        return [_undecodable(name, images) for name, images in self.image_sets.items() if _noted(images)]
+
+    def refuse_undecodable(self) -> None:
+        """Raises RunError where a larger share of a set cannot be decoded than is allowed, as pretraining does."""
+        share = self.config.data.max_bad_fraction
+        if share is None:
+            share = self.trained.config.data.max_bad_fraction
+        for name, images in self.image_sets.items():
+            if len(_noted(images)) > max(1, share * len(images.samples)):
+                raise RunError(
+                    f"{_undecodable(name, images)}; more than --data.max-bad-fraction {share:g}: mend or remove them, or "
+                    "give a larger one to go on without them"
+                )
+
+    def check_folder(self) -> None:
+        """Finds, before anything is created, why the folder can't be used.
+
+        Raises:
+            UsageError: it can't be made or written, or holds the arms of another tuning.
+            RunError: its record is damaged.
+        """
+        RunDirectory(self.folder).check_place()
         path = self.folder / "config.json"
+        if not path.exists():
+            return
         try:
-            found = json.loads(path.read_text())["name"] if path.exists() else self.name
+            found = json.loads(path.read_text())
+            name = found["name"]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{path}: damaged ({error}); choose another --output, or remove the file if the arms there are of these "
                 "settings"
             ) from None
-        if found != self.name:
+        if name != self.name:
             raise UsageError(
-                f"--output {self.folder}: holds a tuning with another checkpoint, data or settings, or of an earlier "
-                "version of iwm_ray; choose another --output"
+                f"--output {self.folder}: holds a tuning {_difference(found, self.record())}; choose another --output"
             )
 
     def run(self, train: Train) -> bool:
@@ -156,6 +195,7 @@ class Tuning(ABC):
             left = [arm for arm in arms() if not self.is_finished(arm)]
             if left:
                 self.prepare(left)
+                self.refuse_undecodable()
                 if not train(left):
                     return False
         return True
@@ -229,6 +269,33 @@ class Tuning(ABC):
             )
 
 
+def _noted(images: Images) -> list[dict[str, Any]]:
+    return images.quarantine.records() if images.quarantine else []
+
+
+def _undecodable(name: str, images: Images) -> str:
+    """What is said of a set with images that cannot be decoded."""
+    assert images.quarantine is not None
+    found = _noted(images)
+    return (
+        f"{len(found)} of {len(images.samples)} {name} cannot be decoded, e.g. {found[0]['row_id']}: "
+        f"{found[0]['reason']}; all are named in {images.quarantine.file}"
+    )
+
+
+def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str:
+    """How the record of a folder differs from another: the first setting, and how many there are."""
+    before, names = flat(recorded), []
+    for name, value in flat(now).items():
+        if name != "name" and before.get(name) != value:
+            names.append(name)
+    names.sort(key=lambda name: name.removeprefix("data.") in PLACES)  # the same images may lie elsewhere
+    if not names:
+        return "of another checkpoint or of other images, or of an earlier version of iwm_ray"
+    first, more = names[0], f" (+{len(names) - 1} more)" if len(names) > 1 else ""
+    return f"with other settings: {first} {before.get(first)!r} != {flat(now)[first]!r}{more}"
+
+
 @dataclass(frozen=True)
 class ArmTraining:
     """One arm, as workers train it."""
@@ -281,7 +348,8 @@ def _work(training: ArmTraining, worker: Worker, open_columns: OpenColumns) -> O
         _own_columns(training, worker, state.step) if training.feed is None else open_columns(state.step)
     )
     batches = _checked(columns, training, worker, state.step)
-    between = Between(run, RunDirectory(tuning.folder), worker, state, training.batch_size, generation)
+    folder, refuse = RunDirectory(tuning.folder), tuning.refuse_undecodable
+    between = Between(run, folder, worker, state, training.batch_size, generation, refuse)
     diverged = ""
     try:
         fit(

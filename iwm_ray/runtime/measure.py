@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from iwm_ray.config import RuntimeConfig
-from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
+from iwm_ray.data.decode import DecodeLimits, Undecodable, decode, fault
 from iwm_ray.data.index import Index
 from iwm_ray.data.read import Reader, content_hash
 from iwm_ray.errors import RunError, UsageError
@@ -121,7 +121,7 @@ def extract(
         ]
         by_image = _counting_images(progress, len(samples)) if progress else None
         with closing(in_order(replace(make, layers=tuple(missing)), parts, runtime, by_image)) as results:
-            _keep(results, missing, len(samples))
+            _keep(results, missing, samples, make)
     return {layer: _open(folder, index, len(samples)) for layer, folder in folders.items()}
 
 
@@ -260,7 +260,9 @@ def _name(extraction: _Extraction, samples: NDArray[np.int64], layer: int) -> st
     return digest(encoder.hash, content_hash(extraction.index), samples.tobytes(), transform)
 
 
-def _keep(results: Iterator[Arrays], folders: Mapping[int, Path], count: int) -> None:
+def _keep(
+    results: Iterator[Arrays], folders: Mapping[int, Path], samples: NDArray[np.int64], make: _Extraction
+) -> None:
     """Streams the features of each layer into its folder; the folders get their names when all is written."""
     parent = next(iter(folders.values())).parent
     try:
@@ -269,7 +271,8 @@ def _keep(results: Iterator[Arrays], folders: Mapping[int, Path], count: int) ->
             prefix=".building-", dir=parent, ignore_cleanup_errors=True
         ) as staging:
             staged = {layer: Path(staging, folder.name) for layer, folder in folders.items()}
-            _write(results, staged, count)
+            if not _write(results, staged, len(samples)):
+                raise RunError(_nothing_read(make, samples))
             for layer, folder in folders.items():
                 _move(staged[layer], folder)
     except OSError as error:
@@ -278,7 +281,18 @@ def _keep(results: Iterator[Arrays], folders: Mapping[int, Path], count: int) ->
         ) from None
 
 
-def _write(results: Iterator[Arrays], folders: Mapping[int, Path], count: int) -> None:
+def _nothing_read(make: _Extraction, samples: NDArray[np.int64]) -> str:
+    """What is said where no image could be read."""
+    index, first = make.index, samples[:1]
+    reason = fault(Reader(index).read_many(first)[0], make.limits)
+    return (
+        f"none of the {len(samples)} images of {index.source} that were chosen could be read, e.g. "
+        f"{index.row_id(int(first[0]))}: {reason}; give other images"
+    )
+
+
+def _write(results: Iterator[Arrays], folders: Mapping[int, Path], count: int) -> bool:
+    """Whether there were any features."""
     with ExitStack() as files:
         values: dict[int, _Rows] = {}
         samples = []
@@ -293,10 +307,10 @@ def _write(results: Iterator[Arrays], folders: Mapping[int, Path], count: int) -
                     folder.mkdir()
                     values[layer] = files.enter_context(_Rows(folder / _VALUES))
                 values[layer].append(result[str(layer)])
-    if not values:
-        raise RunError(f"none of the {count} images chosen for measuring could be read; look at data.path")
-    for folder in folders.values():
-        np.save(folder / _SAMPLES, np.concatenate(samples))
+    if values:
+        for folder in folders.values():
+            np.save(folder / _SAMPLES, np.concatenate(samples))
+    return bool(values)
 
 
 def _check_room(folders: Mapping[int, Path], result: Arrays, count: int) -> None:

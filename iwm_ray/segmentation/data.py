@@ -18,14 +18,15 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from iwm_ray.config import Config
-from iwm_ray.data.decode import DecodeLimits, EncodedImage, Undecodable, decode
+from iwm_ray.data.decode import DecodeLimits, EncodedImage, Undecodable
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
+from iwm_ray.data.quarantine import Quarantine, readable
 from iwm_ray.data.read import Reader
-from iwm_ray.data.splits import refuse_shared_images
+from iwm_ray.data.splits import refuse_shared_images, refuse_unreadable
 from iwm_ray.errors import UsageError
 from iwm_ray.feed import Columns
-from iwm_ray.finetuning.data import Tokens
+from iwm_ray.finetuning.data import NUM_TRIED, Tokens
 from iwm_ray.randomness import uniforms
 from iwm_ray.segmentation.settings import SegmentAugmentConfig, SegmentConfig
 from iwm_ray.views.resize import resize
@@ -86,6 +87,8 @@ class Pairs:
     """None: the whole image"""
     masks_hash: str = ""
     """names the bytes of the masks"""
+    quarantine: Quarantine | None = None
+    """where images that cannot be decoded are noted; None: nowhere"""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -102,17 +105,13 @@ class Pairs:
         samples, size = self.samples[places], self.size
         images = np.zeros((len(places), size, size, 3), np.uint8)
         masks = np.full((len(places), size, size), IGNORED, np.uint8)
-        readable = np.zeros(len(places), np.bool_)
-        for i, data in enumerate(self._reader.read_many(samples)):
-            with suppress(Undecodable):
-                if isinstance(data, Undecodable):
-                    raise data
-                image = decode(data, self.limits)
-                mask = self.classes.lookup[read_mask(self.mask_path(int(samples[i])), image.shape[:2])]
-                draws = uniforms(seed, int(epochs[i]), samples[i : i + 1], "segment", 4)[0]
-                images[i], masks[i] = cut(image, mask, size, self.augment, draws)
-                readable[i] = True
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(masks), readable
+        found = np.zeros(len(places), np.bool_)
+        for i, image in readable(self._reader, self.index, samples, self.limits, self.quarantine):
+            mask = self.classes.lookup[read_mask(self.mask_path(int(samples[i])), image.shape[:2])]
+            draws = uniforms(seed, int(epochs[i]), samples[i : i + 1], "segment", 4)[0]
+            images[i], masks[i] = cut(image, mask, size, self.augment, draws)
+            found[i] = True
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(masks), found
 
     def read_masks(
         self, places: NDArray[np.int64], epochs: NDArray[np.int64], seed: int
@@ -273,8 +272,9 @@ def open_pairs(config: SegmentConfig, run: Config, size: int, cache: Path) -> tu
 
     Raises:
         UsageError: folders or classes that are not there, images without masks or with masks of another size, masks
-            without classes, test images that are trained on.
+            without classes, test images that are trained on, settings of what is not tuned.
     """
+    config.refuse_unused()
     data = config.data
     for name in ("path", "masks", "test_path", "test_masks"):
         if not getattr(data, name):
@@ -344,6 +344,8 @@ def _pairs(run: Config, path: str, setting: str, masks: str, count: int, size: i
     chosen = permute(0, 0, np.arange(len(index)), len(index))[: count or len(index)]
     nothing = Classes((), ())
     pairs = Pairs(index, folder, chosen, nothing, size, DecodeLimits.from_config(run.data))
+    where = f"--data.{'path' if setting == 'masks' else 'test-path'} {path}"
+    refuse_unreadable(where, index, chosen[:NUM_TRIED], pairs.limits)
     missing = [sample for sample in map(int, chosen) if not pairs.mask_path(sample).is_file()]
     if missing:
         raise UsageError(
@@ -386,14 +388,22 @@ def _read_groups(words: str) -> dict[str, tuple[int, ...]]:
         else:
             found = json.loads(text, object_pairs_hook=list)
             rows = [(str(name), tuple(map(int, values))) for name, values in found]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise UsageError(
+            f"--data.classes {words}: no column {error}; its first line must name the columns index and name"
+        ) from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
             f"--data.classes {words}: not readable ({error}); give a CSV file with index and name, a JSON file of "
             "{name: [values]}, or ccp8"
         ) from None
+    for name, values in rows:
+        for value in values:
+            if not 0 <= value < 256:
+                raise UsageError(
+                    f"--data.classes {words}: the class {name!r} has the value {value}; values of masks are 0 to 255"
+                )
     everything = [value for _, values in rows for value in values]
-    if not all(0 <= value < 256 for value in everything):
-        raise UsageError(f"--data.classes {words}: values of masks are 0 to 255")
     for what, known in (("name", [name for name, _ in rows]), ("value", everything)):
         twice = [each for each, count in Counter(known).items() if count > 1]
         if twice:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from iwm_ray.data.quarantine import Quarantine
 from iwm_ray.data.read import content_hash
 from iwm_ray.errors import RunError
 from iwm_ray.evaluation.features import Features
 from iwm_ray.finetuning.arms import TUNES, Arm, Family, figure_name, read_arm, read_figures
-from iwm_ray.finetuning.data import Extract, Tokens, encode
+from iwm_ray.finetuning.data import Extract, Images, Tokens, encode, note_missing
 from iwm_ray.finetuning.experiment import cache_of
 from iwm_ray.finetuning.fit import Fitted
 from iwm_ray.finetuning.model import Start, Tuned
@@ -66,8 +67,13 @@ class Segmentation(Tuning):
         found = cls(trained, config, folder.absolute(), train, test, task, extract)
         if output is None:
             found = replace(found, folder=Path(f"{found.folder}-{found.name}"))
+        train, test = (
+            replace(pairs, quarantine=Quarantine(found.folder / "quarantine" / f"{part}.jsonl"))
+            for pairs, part in ((train, "train"), (test, "test"))
+        )
+        found = replace(found, train=train, test=test)
         found.check_batch(True)
-        found.refuse_other()
+        found.check_folder()
         return found
 
     @cached_property
@@ -94,6 +100,10 @@ class Segmentation(Tuning):
             for tune in self.config.tune
             for start in starts.get(tune, ("pretrained", "random"))
         ]
+
+    @property
+    def image_sets(self) -> dict[str, Images]:
+        return {f"training images of {self.task}": self.train, f"test images of {self.task}": self.test}
 
     @property
     def batch_size(self) -> int:
@@ -150,6 +160,7 @@ class Segmentation(Tuning):
         if mirrored not in self._tokens:
             encoder = WholeEncoder(self.trained, self.config.encoder, self.train.size, mirrored)
             self._tokens[mirrored] = self.extract(encoder, self.train)
+            note_missing(self.train, self._tokens[mirrored])
         return self._tokens[mirrored]
 
     def judge(self, arm: Arm, tuned: Tuned, fitted: Fitted) -> None:

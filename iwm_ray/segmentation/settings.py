@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from iwm_ray.config import Fraction, _Part
-from iwm_ray.finetuning.settings import TuningConfig
+from iwm_ray.finetuning.settings import TuningConfig, TuningDataConfig
 
 HeadName = Literal["linear", "upernet"]
 
 
-class SegmentDataConfig(_Part):
+class SegmentDataConfig(TuningDataConfig):
     """Images and masks: folders in which an image and its mask have the same name, but for its ending."""
 
     path: str = ""

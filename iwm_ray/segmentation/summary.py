@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from iwm_ray.evaluation.intervals import Floats, Interval, named
 from iwm_ray.finetuning.arms import Arm, Family, figure_name
-from iwm_ray.finetuning.summary import efficiency_row, ends_of_difference, interval_metrics, table_lines
+from iwm_ray.finetuning.summary import efficiency_row, interval_metrics, sentences, table_lines
 
 Counts = Mapping[Family, Mapping[int, NDArray[np.int64]]]
 """`[k 3 c]` of each family and seed (see network.measure)"""
@@ -158,15 +158,8 @@ def efficiency(
 
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary as tables."""
-    metrics = summary["metrics"]
     found = [*table_lines(summary["efficiency"], "miou", "mIoU"), ""]
-    for name, value in metrics.items():
-        if name.endswith(("_low", "_high", "/miou", "/miou_random_predictor")):  # those stand in the table
-            continue
-        figure = f"{100 * value:.2f} %"
-        if f"{name}_low" in metrics:
-            figure = f"{100 * value:+.2f} points ({ends_of_difference(summary, name)})"
-        found.append(f"{name.removeprefix('finetune/')}  {figure}")
+    found += sentences(summary, "every pixel of the most frequent class")
     families = dict.fromkeys((row["tune"], row["predictor"]) for row in summary["classes"])
     heads = [f"{tune}, {predictor}" for tune, predictor in families]
     width = max(len(row["class"]) for row in summary["classes"])

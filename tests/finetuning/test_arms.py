@@ -65,6 +65,8 @@ def test_a_damaged_result_is_named(tmp_path):
         (Arm("predictor", "random", ("a",), 0, 1.0), (), "finetune/a/top1_random_predictor"),
         (Arm("both", "pretrained", ("a", "b"), 0, 1.0), (), "finetune/a/multitask/both/top1"),
         (Arm("encoder", "none", ("a",), 0, 1.0), ("linear_head",), "finetune/a/encoder/linear_head/top1"),
+        (Arm("both", "pretrained", ("a",), 0, 1.0), ("random_action",), "finetune/a/both/random_action/top1"),
+        (Arm("encoder", "none", ("a",), 0, 1.0), ("random_action", "targets0.5"), "finetune/a/encoder/top1"),
     ],
 )
 def test_figures_have_names_that_say_what_was_done(arm, ways, name):

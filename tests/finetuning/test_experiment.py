@@ -99,7 +99,7 @@ def test_a_damaged_record_is_one_line(experiment):
     experiment.folder.mkdir()
     (experiment.folder / "config.json").write_text('{"name": "a')
     with pytest.raises(RunError, match=r"config.json: damaged .* another --output"):
-        experiment.refuse_other()
+        experiment.check_folder()
 
 
 def test_an_action_is_refused_where_the_predictor_has_none(trained, config, tmp_path):

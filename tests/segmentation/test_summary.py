@@ -57,10 +57,11 @@ def test_a_perfect_network_beside_its_control(pictures):
     assert metrics["finetune/shapes/miou_difference"] == pytest.approx(1 - below)
     assert [row["class"] for row in found["classes"]] == ["a", "b", "c"] * 2  # no pixel is d
     assert sum(row["pixels"] for row in found["classes"][:3]) == pytest.approx(1)
-    (line,) = (
-        line for line in lines(found | {"efficiency": []}) if line.startswith("shapes/miou_difference  ")
-    )
-    assert "(95 %, over test images, one seed: +" in line
+    said = "\n".join(lines(found | {"efficiency": []}))
+    chance = 100 * metrics["finetune/shapes/miou_chance"]
+    assert f"shapes: chance {chance:.2f} % (every pixel of the most frequent class)" in said
+    difference = f"shapes: pretrained minus random predictor {100 * (1 - below):+.2f} points"
+    assert f"{difference} (95 %, over test images, one seed: +" in said
 
 
 def test_a_difference_is_of_the_seeds_that_both_have(pictures):
