@@ -87,9 +87,10 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], figure_name: str, cost
             transform=axes.transData + aside,
         )
         axes.update_datalim([(place, low), (place, high)])
-    axes.margins(x=0.15, y=0.15)
+    axes.margins(y=0.15)
     axes.autoscale_view()
-    axes.set_xlim(left=-0.06 * axes.get_xlim()[1])  # with 0, so that a small difference of costs looks small
+    most = max(row[cost] for row in rows) / _COSTS[cost][1]
+    axes.set_xlim(-0.06 * most, 1.15 * most)  # with 0, so that a small difference of costs looks small
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.tick_params(labelsize=SMALL, colors=GREY)
     axes.grid(color=PALE, linewidth=0.6)

@@ -46,7 +46,7 @@ def test_points_stand_where_the_numbers_are():
         assert low < 23 and high > 43
 
 
-def test_equal_points_do_not_hide_each_other():
+def test_equal_points_do_not_hide_each_other_nor_leave_the_frame():
     rows = [
         row(predictor=start, multitask=multitask)
         for start in ("pretrained", "random")
@@ -59,6 +59,8 @@ def test_equal_points_do_not_hide_each_other():
         places = sorted(line.get_transform().transform(line.get_xydata()[0])[0] for line in lines)
         marker = 6 / 72 * figure.dpi
         assert all(right - left > marker for left, right in pairwise(places))
+        frame = axes.get_window_extent()
+        assert frame.x0 < places[0] - marker and places[-1] + marker < frame.x1
 
 
 def test_a_single_task_and_several_at_once_are_told_apart():
