@@ -172,12 +172,12 @@ HUGE = ("--runtime.engine", "ray", "--runtime.num-workers", "4", "--runtime.cpus
 
 def test_a_dry_run_plans_what_this_machine_cannot_run(plan, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(UsageError, match=r"runtime.num_workers 4 x 1000 CPU need"):
+    with pytest.raises(UsageError, match=r"runtime.num_workers 4 x 1000 CPU .*need"):
         plan(*HUGE)
     found = plan(*HUGE, "--dry-run")
     lines = plan_lines(found)
     (resources,) = (line for line in lines if line.startswith("  resources"))
-    assert "each 4 x 1000 CPU + 1 for data; not here: runtime.num_workers 4 x 1000 CPU need" in resources
+    assert "each 4 x 1000 CPU + 1 for data; not here: runtime.num_workers 4 x 1000 CPU" in resources
     here = plan("--dry-run")
     assert found.work == here.work and "training" in here.work  # it does not depend on the machine
     assert "GPU-hours at 1000 TFLOP/s" in found.time and "GPU" not in here.time
@@ -188,9 +188,9 @@ def test_a_dry_run_needs_no_gpus(plan, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     words = ("--runtime.engine", "ray", "--runtime.use-gpu", "true")
-    with pytest.raises(UsageError, match="this machine has 0 visible"):
+    with pytest.raises(UsageError, match="runtime.use_gpu True"):
         plan(*words)
-    assert "not here: runtime.use_gpu True needs 1 GPU" in plan(*words, "--dry-run").room.line
+    assert "not here: runtime.use_gpu True" in plan(*words, "--dry-run").room.line
 
 
 def test_the_dial_asks_a_report(tmp_path):
