@@ -5,7 +5,6 @@ card.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 import iwm_ray
 from iwm_ray import cli
 from iwm_ray.errors import UsageError
-from iwm_ray.output import new_output
+from iwm_ray.output import move, new_output
 
 _FORMATS = ("timm", "hf", "onnx", "torch-export")
 
@@ -61,7 +60,7 @@ def _main(arguments: Sequence[str]) -> None:
         difference = exporting.write(options.format, exported, written)
         card = model_card(trained, exported, options.format, difference, folder)
         (written / "README.md").write_text(card)
-        os.rename(written, output)
+        move(written, output)
     print(f"exported     {output}")
     print(f"difference   {difference:.3g} at most, of {exported.output}, read back from the folder")
 

@@ -24,17 +24,17 @@ _NOT_A_QUALITY = ("train/", "monitor/seconds")
 _LOADING: dict[Format, str] = {
     "timm": """\
 import timm
-from PIL import Image
+from PIL import Image, ImageOps
 
-image = Image.open("photo.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
 model = timm.create_model("local-dir:.", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 output = model.forward_features(transform(image)[None])""",
     "hf": """\
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel  # transformers reads timm's layout, timm must be there
 
-image = Image.open("photo.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
 model = AutoModel.from_pretrained(".").eval()
 processor = AutoImageProcessor.from_pretrained(".")
 output = model(**processor(image, return_tensors="pt")).last_hidden_state""",
@@ -43,7 +43,8 @@ import numpy
 import onnxruntime
 from PIL import Image, ImageOps
 
-image = ImageOps.fit(Image.open("photo.jpg").convert("RGB"), (SIZE, SIZE), Image.Resampling.BILINEAR)
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BILINEAR)
 images = numpy.array(image).transpose(2, 0, 1)[None]  # [1 3 SIZE SIZE] uint8
 session = onnxruntime.InferenceSession("{ONNX_FILE}")
 (output,) = session.run(None, {{"images": images}})""",
@@ -52,7 +53,8 @@ import numpy
 import torch
 from PIL import Image, ImageOps
 
-image = ImageOps.fit(Image.open("photo.jpg").convert("RGB"), (SIZE, SIZE), Image.Resampling.BILINEAR)
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BILINEAR)
 images = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None]  # [1 3 SIZE SIZE] uint8
 model = torch.export.load("{TORCH_FILE}").module()
 output = model(images)""",

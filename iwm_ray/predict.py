@@ -157,7 +157,7 @@ def _checked(output: Path, is_segmenter: bool) -> Path:
     if output.suffix != ".parquet" and (output.suffix or not is_segmenter):
         more = ", or of a new folder" if is_segmenter else ""
         raise UsageError(f"--output {output}: give the name of a new file that ends in .parquet{more}")
-    return new_output(output)
+    return new_output(output, is_file=output.suffix == ".parquet")
 
 
 def _top(word: str, num_classes: int) -> int:

@@ -3,7 +3,6 @@ masks as a folder of PNG files."""
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,6 +24,7 @@ from iwm_ray.data.index import Index
 from iwm_ray.data.read import Reader
 from iwm_ray.errors import UsageError
 from iwm_ray.finetuning.adapter import Classifier
+from iwm_ray.output import move, partial_of
 from iwm_ray.pictures.segmentation import class_colours
 from iwm_ray.runtime.measure import Arrays, Progress, Work, in_order, work_device
 from iwm_ray.segmentation.data import nearest
@@ -219,13 +219,13 @@ class Written:
 
 def write(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> Written:
     """Writes tables one after the other; the file gets its name when all is written."""
-    written, partial = Written(), path.with_name(f".{path.name}.partial")
+    written, partial = Written(), partial_of(path)
     try:
         with pq.ParquetWriter(partial, schema) as writer:
             for table in tables:
                 writer.write_table(table)
                 written.add(table)
-        partial.replace(path)
+        move(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return written
@@ -238,7 +238,7 @@ def write_masks(tables: Iterator[pa.Table], folder: Path) -> Written:
     Raises:
         UsageError: two images would have the same mask.
     """
-    written, partial = Written(), folder.with_name(f".{folder.name}.partial")
+    written, partial = Written(), partial_of(folder)
     bad: list[dict[str, str]] = []
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -252,7 +252,7 @@ def write_masks(tables: Iterator[pa.Table], folder: Path) -> Written:
                     bad.append({name: row[name] for name in ("row_id", "path", "error")})
         if bad:
             (partial / QUARANTINE).write_text("".join(f"{json.dumps(row)}\n" for row in bad))
-        os.rename(partial, folder)
+        move(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return written

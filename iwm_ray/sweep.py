@@ -333,7 +333,7 @@ def _check_resources(options: argparse.Namespace, config: Config) -> None:
     given = f"--gpus-per-trial {options.gpus_per_trial:g}"
     if not config.runtime.use_gpu:
         raise UsageError(f"{given}: these trials use no GPU; add --runtime.use-gpu true, or drop it")
-    if config.runtime.engine == "ray":
+    if config.runtime.engine == "ray" and options.gpus_per_trial < 1:
         raise UsageError(
             f"{given}: engine ray gives each worker a whole GPU; set --runtime.engine local, or drop it"
         )

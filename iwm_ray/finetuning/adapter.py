@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from iwm_ray.config import _Part
+from iwm_ray.data.decode import DecodeLimits
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.features import measuring, model_device
 from iwm_ray.finetuning.images import AnyImage, channels_first, check_images, rgb_pixels
@@ -100,9 +101,10 @@ class Classifier:
         """An image of any size -> `[3 s s]` uint8, of which `predict` takes a stack: the middle square, resized.
 
         Raises:
-            UsageError: no RGB image.
+            UsageError: no such file, or no RGB image.
         """
-        return channels_first(clean_view(rgb_pixels(image), self.image_size))
+        limits = DecodeLimits.from_config(self.trained.config.data)
+        return channels_first(clean_view(rgb_pixels(image, limits), self.image_size))
 
     def predict(self, images: Tensor) -> Tensor:
         """`[b 3 s s]` uint8 RGB of the encoder's size -> `[b c]` float32 probabilities, on the model's device.

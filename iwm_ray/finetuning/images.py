@@ -1,28 +1,35 @@
 """Images as a user has them, and as a tuned model takes them."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
+from iwm_ray.data.decode import DecodeLimits, Undecodable, decode
 from iwm_ray.errors import UsageError
 
-AnyImage = NDArray[np.uint8] | Image.Image
-"""`[h w 3]` RGB, or a Pillow image of any mode"""
+AnyImage = str | Path | NDArray[np.uint8]
+"""an image file, or `[h w 3]` RGB"""
 
 
-def rgb_pixels(image: AnyImage) -> NDArray[np.uint8]:
-    """`[h w 3]` uint8.
+def rgb_pixels(image: AnyImage, limits: DecodeLimits) -> NDArray[np.uint8]:
+    """`[h w 3]` uint8; a file as training reads it: upright, transparent parts over the run's background.
 
     Raises:
-        UsageError: no RGB image.
+        UsageError: no such file, no image in it, or no RGB image.
     """
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+    if isinstance(image, str | Path):
+        try:
+            return decode(Path(image).expanduser().read_bytes(), limits)
+        except OSError as error:
+            raise UsageError(f"image {image}: {error.strerror}; give the path of an image file") from None
+        except Undecodable as fault:
+            raise UsageError(f"image {image}: {fault.reason}; give another image") from None
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
         raise UsageError(
-            f"image {_described(image)}: needs a NumPy array uint8 [h w 3] or a Pillow image; give PIL.Image.open(file)"
+            f"image {_described(image)}: needs an image file or a NumPy array uint8 [h w 3]; give the file's path"
         )
     return image
 

@@ -18,11 +18,8 @@ _SIDE, _WORDS, _GAP = 1.5, 1.55, 0.14  # inches: an image, the column of words, 
 _LINE, _HEAD, _FOOT = 0.34, 1.22, 0.52  # inches: below an image, above and below all rows
 _EDGE = 0.22  # inches: at the sides
 _NEAR = 10  # ranks up to this are marked as near
-FRAMES = (
-    GREEN,
-    ORANGE,
-    INK,
-)  # of a first rank, a near one, one beyond: the palette's red looks orange beside its orange
+# Of a first rank, a near one, one beyond: the palette's red looks orange beside its orange.
+FRAMES = (GREEN, ORANGE, INK)
 _COLUMNS = ("clean image", "action", "true view", "imagined", "with the null action", "with another action")
 
 

@@ -223,7 +223,7 @@ def run_trials(
         "TUNE_DISABLE_STRICT_METRIC_CHECKING", "1"
     )  # a finished trial may end without its metric
     # Ray's tracebacks of what `_Lines` names; and its own list of trials that failed.
-    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "1" if debug else "0"
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "1" if debug else "0")
     logging.getLogger("ray.tune.tune").setLevel(logging.NOTSET if debug else logging.CRITICAL)
     pattern = jobs[0]
     points = [job.trial.point for job in jobs]

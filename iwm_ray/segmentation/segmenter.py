@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from iwm_ray.data.decode import DecodeLimits
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.features import measuring, model_device
 from iwm_ray.finetuning.adapter import Origin, read_facts
@@ -52,9 +53,10 @@ class Segmenter:
         """An image of any size -> `[3 s s]` uint8, of which `predict` takes a stack: the whole image, resized.
 
         Raises:
-            UsageError: no RGB image.
+            UsageError: no such file, or no RGB image.
         """
-        return channels_first(resize(rgb_pixels(image), self.image_size))
+        limits = DecodeLimits.from_config(self.trained.config.data)
+        return channels_first(resize(rgb_pixels(image, limits), self.image_size))
 
     def predict(self, images: Tensor) -> Tensor:
         """`[b 3 s s]` uint8 RGB, whole images resized to squares -> `[b s s]` int64 classes, on the model's device.

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import iwm_ray
 from iwm_ray.errors import RunError, UsageError
@@ -114,19 +114,28 @@ def test_what_is_no_image_is_refused(save):
     for wrong in (images().float(), images()[0], images()[:, :, :16], images().numpy()):
         with pytest.raises(UsageError, match=r"needs a torch tensor uint8 \[b 3 32 32\]"):
             classifier.predict(wrong)
-    for nothing in ("file.jpg", np.zeros((32, 32), np.uint8), np.zeros((32, 32, 3))):
-        with pytest.raises(UsageError, match=r"needs a NumPy array uint8 \[h w 3\] or a Pillow image"):
+    for nothing in (7, Image.new("RGB", (32, 32)), np.zeros((32, 32), np.uint8), np.zeros((32, 32, 3))):
+        with pytest.raises(UsageError, match=r"needs an image file or a NumPy array uint8 \[h w 3\]"):
             classifier.fit(nothing)
+    with pytest.raises(UsageError, match=r"image none.jpg: No such file .*; give the path of an image file"):
+        classifier.fit("none.jpg")
+    with pytest.raises(UsageError, match="unknown data.*; give another image"):
+        classifier.fit(__file__)
 
 
-def test_any_image_is_made_to_fit(save):
+def test_any_image_is_made_to_fit(save, tmp_path):
     classifier = iwm_ray.load(save()[1])
     picture = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
-    fitted = classifier.fit(Image.fromarray(picture))
-    assert torch.equal(fitted, classifier.fit(picture)) and fitted.shape == (3, 32, 32)
-    assert np.array_equal(fitted.permute(1, 2, 0), clean_view(picture, 32))
-    grey = Image.fromarray(picture).convert("L")
-    assert classifier.predict(torch.stack([fitted, classifier.fit(grey)])).shape == (2, 10)
+    fitted = classifier.fit(picture)
+    assert fitted.shape == (3, 32, 32) and np.array_equal(fitted.permute(1, 2, 0), clean_view(picture, 32))
+    upside_down = Image.Exif()
+    upside_down[ExifTags.Base.Orientation] = 3
+    file = tmp_path / "a.png"
+    Image.fromarray(picture[::-1, ::-1].copy()).save(file, exif=upside_down)
+    assert torch.equal(classifier.fit(file), fitted) and torch.equal(classifier.fit(str(file)), fitted)
+    Image.fromarray(picture).convert("L").save(tmp_path / "grey.png")
+    grey = classifier.fit(tmp_path / "grey.png")
+    assert classifier.predict(torch.stack([fitted, grey])).shape == (2, 10)
 
 
 def test_a_classifier_is_named_in_a_line(save):
