@@ -1,10 +1,19 @@
 """The place that a command is told to write to, looked at before its work begins."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from iwm_ray.errors import UsageError
+
+
+def refuse_url(path: Path) -> None:
+    """Raises UsageError for `s3://bucket/run`, which would become a folder `s3:` here."""
+    if url := re.search(r"/([a-z][a-z0-9]+):/(.*)", f"/{path}"):
+        raise UsageError(
+            f"--output {url[1]}://{url[2]}: is no folder; give one that all machines see, such as a mounted bucket"
+        )
 
 
 def new_output(path: Path, is_file: bool = False) -> Path:
@@ -17,6 +26,7 @@ def new_output(path: Path, is_file: bool = False) -> Path:
     Raises:
         UsageError: it is there, or cannot be made.
     """
+    refuse_url(path)
     path = path.expanduser().absolute()
     try:
         is_taken = path.exists() and (is_file or not path.is_dir() or any(path.iterdir()))

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from iwm_ray.config import Config
 from iwm_ray.errors import UsageError
+from iwm_ray.output import refuse_url
 
 _MEND = "bring it back, or remove this folder and train it again"
 _LIBRARIES = (
@@ -119,6 +120,7 @@ class RunDirectory:
         Raises:
             UsageError: it is a file, or in one, or may not be written.
         """
+        refuse_url(self.path)
         try:
             parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
             is_file, writable = not parent.is_dir(), os.access(parent, os.W_OK | os.X_OK)

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from iwm_ray.errors import UsageError
-from iwm_ray.output import new_output
+from iwm_ray.output import new_output, refuse_url
 
 
 def test_what_is_new_or_empty_is_taken_and_its_folder_made(tmp_path, monkeypatch):
@@ -15,6 +17,9 @@ def test_what_is_new_or_empty_is_taken_and_its_folder_made(tmp_path, monkeypatch
 
 def test_what_is_there_or_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").touch()
+    for url in (Path("s3://bucket/x"), Path("s3://bucket/x").absolute()):
+        with pytest.raises(UsageError, match="--output s3://bucket/x: is no folder; give one"):
+            refuse_url(url)
     for path, word in (
         (tmp_path, "there already"),
         (tmp_path / "file", "there already"),
@@ -22,6 +27,6 @@ def test_what_is_there_or_cannot_be_written_is_refused_in_one_line(tmp_path):
         (tmp_path / "file" / "far" / "below", "not writable"),
         ("/proc/x", "not writable"),
     ):
-        with pytest.raises(UsageError, match=rf"--output {path}: .*{word}.*choose another --output") as error:
-            new_output(type(tmp_path)(path))
+        with pytest.raises(UsageError, match=rf"--output {path}: .*{word}") as error:
+            new_output(Path(path))
         assert "\n" not in str(error.value)
