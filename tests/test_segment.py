@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -92,6 +93,18 @@ def test_shapes_are_found_better_than_by_a_constant(segmented):
     assert (output / "efficiency.png").stat().st_size > 10_000
     with Image.open(output / "predictions.png") as picture:
         assert min(picture.size) > 500
+
+
+def test_arms_that_were_judged_on_other_images_are_named(segmented, clean_run, shapes, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(segmented[0], output)
+    path = next((output / "arms").glob("predictor-random-*.json"))
+    np.save(path.with_suffix(".npy"), np.load(path.with_suffix(".npy"))[1:])
+    os.utime(path, (1, 1))
+    assert segment(clean_run, *data(shapes), *segmented[1], "--output", output) == 1
+    error = capsys.readouterr().err
+    assert f"{path}: judged on 15 images" in error and f"remove {path.name} there" in error
+    assert error.count("\n") == 1
 
 
 def test_finished_arms_are_not_run_again_and_a_lost_one_is_the_same(segmented, clean_run, shapes, capsys):
