@@ -33,6 +33,7 @@ def _main(arguments: Sequence[str]) -> None:
 
     trained = Trained.open(options.run, options.checkpoint)
     experiment = Experiment.open(trained, config, options.output, CachedTokens(trained, config))
+    experiment.refuse_unused()
     resources = preflight(experiment)
     if options.dry_run:
         print("\n".join([*plan_lines(experiment), f"  resources  {resources}"]))

@@ -33,6 +33,7 @@ def _main(arguments: Sequence[str]) -> None:
 
     trained = Trained.open(options.run, options.checkpoint)
     segmentation = Segmentation.open(trained, config, options.output, CachedTokens(trained, config))
+    segmentation.refuse_unused()
     resources = preflight(segmentation)
     if options.dry_run:
         print("\n".join([*plan_lines(segmentation), f"  resources  {resources}"]))

@@ -156,7 +156,7 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
 
 
 FINETUNED = ("tune", "seeds", "epochs", "steps", "batch_size", "lr", "pretrained_lr_factor")
-FINETUNED_ON = ("num_train", "num_test")
+FINETUNED_ON = ("num_train", "num_test", "max_bad_fraction")
 
 
 WANTED = ("best-linear", "best-attentive", "best-finetuned", "invariant", "equivariant")

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from sklearn.datasets import load_digits
 import iwm_ray
 from iwm_ray import driver
 from iwm_ray.finetune import main
+from iwm_ray.finetuning.experiment import Experiment
 from iwm_ray.finetuning.model import weights_hash
+from iwm_ray.finetuning.settings import FinetuneConfig
 from iwm_ray.trained import Trained
 
 PHOTOS = ["--data.path", "photos_tiny", "--data.test-path", "photos_tiny:test"]
@@ -328,6 +331,43 @@ def test_too_many_undecodable_images_stop_a_tuning_that_can_go_on(
     assert "more than --data.max-bad-fraction 0.001" in error and error.count("\n") == 1
     assert finetune(clean_run, *options, "--data.max-bad-fraction", 0.1) == 0
     assert "3 of 40 test images of digits cannot be decoded" in capsys.readouterr().out
+
+
+def test_what_was_refused_once_is_refused_again(clean_run, digits, tmp_path, capsys):
+    """Also where each arm has been judged by then."""
+    data = ["--data.path", f"digits={digits[0]}", *damaged(digits, tmp_path, 3)[2:]]
+    options = [*data, "--tune", "encoder", "--steps", 2, "--batch-size", 16, "--seeds", 0]
+    for _ in range(2):
+        assert finetune(clean_run, *options, "--output", tmp_path / "out") == 1
+        error = capsys.readouterr().err
+        assert "3 of 40 test images of digits cannot be decoded" in error and error.count("\n") == 1
+        assert "--finetune.max-bad-fraction" in error and str(tmp_path / "out/arms") in error
+    assert len(arms(tmp_path / "out")) == 1 and not (tmp_path / "out/summary.json").exists()
+
+
+def test_arms_that_were_judged_on_other_images_are_named(finetuned, clean_run, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(finetuned, output)
+    path = min((output / "arms").glob("*-seed0.json"))
+    tree = read(path)
+    tree["result"]["correct"]["photos_tiny"] = tree["result"]["correct"]["photos_tiny"][1:]
+    path.write_text(json.dumps(tree))
+    os.utime(path, (1, 1))
+    assert finetune(clean_run, *PHOTOS, *SMALL, "--seeds", 0, 1, "--output", output) == 1
+    error = capsys.readouterr().err
+    assert f"{path}: judged on 29 images" in error and " on 30, " in error and error.count("\n") == 1
+    assert f"remove {path.name} there" in error
+
+
+def test_a_folder_of_several_parts_may_be_filled_in_several_calls(clean_run, tmp_path):
+    tree = {"steps": 4, "batch_size": 16, "drop_path": 0.1, "tune": ["predictor", "both"]}
+    tree["data"] = {"path": PHOTOS[1:2], "test_path": PHOTOS[3:], "num_train": 48, "num_test": 30}
+    output = tmp_path / "out"
+    output.mkdir()
+    Experiment.open(Trained.open(clean_run), FinetuneConfig.model_validate(tree), output).start()
+    asked = [*PHOTOS, *SMALL, "--drop-path", 0.1, "--tune", "predictor", "--dry-run"]
+    assert finetune(clean_run, *asked, "--output", output) == 0
+    assert finetune(clean_run, *asked, "--output", tmp_path / "other") == 2
 
 
 def test_a_test_set_that_cannot_be_read_is_named(clean_run, digits, tmp_path, capsys):

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -92,6 +93,18 @@ def test_shapes_are_found_better_than_by_a_constant(segmented):
     assert (output / "efficiency.png").stat().st_size > 10_000
     with Image.open(output / "predictions.png") as picture:
         assert min(picture.size) > 500
+
+
+def test_arms_that_were_judged_on_other_images_are_named(segmented, clean_run, shapes, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(segmented[0], output)
+    path = next((output / "arms").glob("predictor-random-*.json"))
+    np.save(path.with_suffix(".npy"), np.load(path.with_suffix(".npy"))[1:])
+    os.utime(path, (1, 1))
+    assert segment(clean_run, *data(shapes), *segmented[1], "--output", output) == 1
+    error = capsys.readouterr().err
+    assert f"{path}: judged on 15 images" in error and f"remove {path.name} there" in error
+    assert error.count("\n") == 1
 
 
 def test_finished_arms_are_not_run_again_and_a_lost_one_is_the_same(segmented, clean_run, shapes, capsys):
@@ -287,6 +300,18 @@ def test_a_dry_run_creates_nothing(clean_run, shapes, tmp_path, capsys):
     assert "64 pixels, 2 classes" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_was_begun_with_the_size_of_pretraining_goes_on(clean_run, shapes, tmp_path):
+    """By a version that took it for another one."""
+    trained, config = Trained.open(clean_run), SegmentConfig(data=SegmentDataConfig(**paths(shapes)))
+    asked = config.model_copy(update={"image_size": 32})
+    before = replace(Segmentation.open(trained, config, tmp_path), config=asked)
+    before.start()
+    found = Segmentation.open(trained, asked, tmp_path)
+    assert found.name == before.name != Segmentation.open(trained, asked, None).name
+    with pytest.raises(UsageError, match="image_size 32 != 0; choose another --output"):
+        Segmentation.open(trained, config, tmp_path)
+
+
 def test_the_size_of_pretraining_needs_no_name(clean_run, shapes):
     config = SegmentConfig(data=SegmentDataConfig(**paths(shapes)))
 
@@ -345,7 +370,7 @@ def test_bad_input_is_one_line_and_exit_2(segmented, clean_run, shapes, tmp_path
         ([*good, *(word for pair in same.items() for word in pair), *out], ["holds the training images"]),
         ([*good, "--image-size", 33, *out], ["--image-size 33", "patch of 8"]),
         ([*good, "--head", "unet", *out], ["head 'unet'", "'linear' or 'upernet'"]),
-        ([*good, "--output", segmented[0]], ["batch_size 16 != 32 (+3 more)", "choose another --output"]),
+        ([*good, "--output", segmented[0]], ["batch_size 16 != 32 (+2 more)", "choose another --output"]),
     ):
         assert segment(clean_run, *arguments) == 2
         error = capsys.readouterr().err

@@ -55,6 +55,7 @@ def test_what_is_asked_of_trials_is_set_by_options():
 def test_a_sweep_without_finetuning_gets_what_is_asked_for():
     assert read().finetune is None
     assert read("--finetune.tune", "predictor", "both").finetune.tune == ("predictor", "both")
+    assert read("--finetune.max-bad-fraction", "0.5").finetune.data.max_bad_fraction == 0.5
 
 
 def test_wrong_values_are_named():

@@ -11,7 +11,7 @@ import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +24,11 @@ from iwm_ray.data.decode import DecodeLimits, Undecodable, decode, fault
 from iwm_ray.data.index import Index
 from iwm_ray.data.read import Reader
 from iwm_ray.data.taster import deadly
+from iwm_ray.errors import UsageError
 
 _log = logging.getLogger(__name__)
 _MARKS = ".making"
+_READ_AT_ONCE = 256  # images in memory
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Quarantine:
     """JSON lines: `row_id`, `path`, `reason` and `deadly` of each bad sample."""
 
     file: Path
-    """in the run directory, beside the marks"""
+    """of a run: in its directory, beside the marks; of a tuning: one for each set of images"""
 
     @contextlib.contextmanager
     def making(self, block: int) -> Iterator[bool]:
@@ -113,28 +115,36 @@ class Quarantine:
         return list({record["row_id"]: record for record in found}.values())
 
     def forget_mended(self, index: Index, limits: DecodeLimits) -> None:
-        """Takes samples off that can be read again: they were mended, or their storage was away."""
+        """Takes samples off that can be read again (they were mended, or their storage was away) or have left the data."""
         records, reader = self.records(), Reader(index)
-
-        def is_bad(record: dict[str, Any]) -> bool:
-            images = reader.read_many([index.find(record["row_id"])])
-            if record.get("deadly") and deadly(images, limits):
-                return True
-            return bool(fault(images[0], limits))
-
-        bad = [record for record in records if is_bad(record)]
+        bad: list[dict[str, Any]] = []
+        for first in range(0, len(records), _READ_AT_ONCE):
+            bad += _still_bad(records[first : first + _READ_AT_ONCE], reader, index, limits)
         if len(bad) < len(records):
-            self.file.write_text("".join(json.dumps(record) + "\n" for record in bad))
+            staged = self.file.with_name(f".{self.file.name}")
+            with contextlib.suppress(OSError):  # a full disk, or not ours: the note stays as it was
+                staged.write_text("".join(json.dumps(record) + "\n" for record in bad))
+                staged.replace(self.file)
+
+    def note(self, index: Index, reasons: Mapping[int, str]) -> None:
+        """Adds samples -> reasons, if it can: on a full disk the work is worth more than the note."""
+        if not reasons:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.add(index, list(reasons), list(reasons.values()))
+        except OSError as error:
+            _log.warning("quarantine: %d samples not noted (%s)", len(reasons), error.strerror)
 
 
-def readable(
+def decode_noting(
     reader: Reader,
     index: Index,
     samples: NDArray[np.int64],
     limits: DecodeLimits,
     quarantine: Quarantine | None,
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Reads images, and notes those that cannot be decoded.
+    """Reads and decodes images, and notes those that cannot be decoded.
 
     Args:
         reader: of the index.
@@ -156,12 +166,23 @@ def readable(
             reasons[int(samples[place])] = verdict.reason
             continue
         yield place, image
-    if reasons and quarantine is not None:
-        try:
-            quarantine.file.parent.mkdir(parents=True, exist_ok=True)
-            quarantine.add(index, list(reasons), list(reasons.values()))
-        except OSError as error:  # a full disk: training is worth more than the note
-            _log.warning("quarantine: %d samples not noted (%s)", len(reasons), error.strerror)
+    if quarantine is not None:
+        quarantine.note(index, reasons)
+
+
+def _still_bad(
+    records: Sequence[dict[str, Any]], reader: Reader, index: Index, limits: DecodeLimits
+) -> list[dict[str, Any]]:
+    """Those of a quarantine's records whose sample is in the data and still can't be decoded."""
+    known, samples = [], []
+    for record in records:
+        with contextlib.suppress(UsageError):  # of other data, or removed
+            samples.append(index.find(record["row_id"]))
+            known.append(record)
+    images = reader.read_many(samples)
+    risky = [i for i, record in enumerate(known) if record.get("deadly")]
+    ended = {risky[i] for i in deadly([images[i] for i in risky], limits)} if risky else set()
+    return [record for i, record in enumerate(known) if i in ended or fault(images[i], limits)]
 
 
 def _modified(file: Path) -> int:

@@ -15,7 +15,7 @@ from iwm_ray.config import Config
 from iwm_ray.data.decode import DecodeLimits
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
-from iwm_ray.data.quarantine import Quarantine, readable
+from iwm_ray.data.quarantine import Quarantine, decode_noting
 from iwm_ray.data.read import Reader
 from iwm_ray.data.splits import refuse_shared_images, refuse_unknown_classes, refuse_unreadable
 from iwm_ray.errors import RunError, UsageError
@@ -95,7 +95,7 @@ class ImageRows:
         samples = self.samples[places]
         images = torch.zeros(len(places), 3, self.size, self.size, dtype=torch.uint8)
         found = np.zeros(len(places), np.bool_)
-        for i, image in readable(self._reader, self.index, samples, self.limits, self.quarantine):
+        for i, image in decode_noting(self._reader, self.index, samples, self.limits, self.quarantine):
             images[i] = self._transform(image, _draws(seed, epochs[i : i + 1], samples[i : i + 1])[0])
             found[i] = True
         return Drawn(images, torch.from_numpy(self.labels[places]), samples, found)
@@ -252,10 +252,8 @@ def open_tasks(config: FinetuneConfig, run: Config, cache: Path) -> list[Task]:
         cache: folder of the data indices.
 
     Raises:
-        UsageError: no data, names that don't fit together, no labels, test images of any task that one is trained on,
-            settings of what is not tuned.
+        UsageError: no data, names that don't fit together, no labels, test images of any task that one is trained on.
     """
-    config.refuse_unused()
     train, test = (
         named_paths("data.path", config.data.path),
         named_paths("data.test_path", config.data.test_path),
@@ -382,7 +380,7 @@ def encode(encoder: FrozenEncoder, images: Images, batch_size: int = _READ_AT_ON
     with measuring(model):
         for places in _in_parts(len(images.samples), batch_size):
             asked, views, found = images.samples[places], [], []
-            for place, image in readable(reader, images.index, asked, images.limits, None):
+            for place, image in decode_noting(reader, images.index, asked, images.limits, None):
                 views.append(_channels_first(encoder.view(image)))
                 found.append(asked[place])
             if found:
@@ -395,12 +393,23 @@ def encode(encoder: FrozenEncoder, images: Images, batch_size: int = _READ_AT_ON
     return Features(np.concatenate(values), labels, known, names, encoder.hash)
 
 
+_LATE = "could not be read when its tokens were made; remove the tokens (runtime.cache) to use it"
+
+
 def note_missing(images: Images, found: Features) -> None:
-    """Reads images that have no features once more, which notes why: the features may have been made for another tuning."""
-    missing, reader = images.samples[~np.isin(images.samples, found.samples)], Reader(images.index)
+    """Reads images that have no features once more, which notes why: the features may have been made for another tuning.
+    Those that can be read by now are noted too, for the features do without them."""
+    index, quarantine = images.index, images.quarantine
+    if quarantine is None:
+        return
+    noted = {record["row_id"] for record in quarantine.records()}
+    absent = images.samples[~np.isin(images.samples, found.samples)]
+    missing = np.array([sample for sample in absent if index.row_id(int(sample)) not in noted], np.int64)
+    reader = Reader(index)
     for places in _in_parts(len(missing), _READ_AT_ONCE):
-        for _ in readable(reader, images.index, missing[places], images.limits, images.quarantine):
-            pass
+        asked = missing[places]
+        late = [int(asked[i]) for i, _ in decode_noting(reader, index, asked, images.limits, quarantine)]
+        quarantine.note(index, dict.fromkeys(late, _LATE))
 
 
 def in_order(split: Split, batch_size: int) -> Iterator[Drawn]:

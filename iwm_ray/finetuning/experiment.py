@@ -49,7 +49,7 @@ from iwm_ray.finetuning.data import (
 from iwm_ray.finetuning.fit import Fitted
 from iwm_ray.finetuning.model import Asking, Tuned, assemble, weights_hash
 from iwm_ray.finetuning.settings import FinetuneConfig, TuningConfig
-from iwm_ray.finetuning.tuning import Tuning, tokens_fit
+from iwm_ray.finetuning.tuning import Tuning, refuse_other_images, tokens_fit
 from iwm_ray.trained import Trained
 from iwm_ray.training.loop import autocast
 from iwm_ray.views.resize import CLEAN_VIEW
@@ -138,8 +138,19 @@ class Experiment(Tuning):
         return sum(self.num_steps(arm.tasks))
 
     def results(self) -> dict[Arm, ArmResult]:
-        """Of all finished arms that were judged on the test set, whichever call has run them."""
+        """Of all finished arms that were judged on the test set, whichever call has run them.
+
+        Raises:
+            RunError: a file is damaged, or they were judged on different images.
+        """
         found, known = read_results(self.folder / "arms"), list(self.tasks)
+        counts: dict[tuple[str, str], dict[Path, int]] = {}
+        for arm, result in found.items():
+            for task, correct in result.correct.items():
+                path = self.folder / "arms" / f"{arm.name}.json"
+                counts.setdefault((arm.tune, task), {})[path] = len(correct)
+        for compared in counts.values():
+            refuse_other_images(compared)
 
         def order(arm: Arm) -> tuple[Any, ...]:
             tasks = -len(arm.tasks), [known.index(task) for task in arm.tasks]
@@ -188,6 +199,11 @@ class Experiment(Tuning):
         for arm in arms:
             if self.has_tokens(arm):
                 self._splits(arm)
+        for task in self.tasks.values():
+            for rows in (task.train, task.test):
+                for (_, index, samples), found in self._tokens.items():
+                    if (index, samples) == (rows.index, rows.samples.tobytes()):
+                        note_missing(rows, found)
 
     def judge(self, arm: Arm, tuned: Tuned, fitted: Fitted) -> None:
         """Writes which images are classified rightly and, where it is kept, the adapter."""
@@ -266,7 +282,6 @@ class Experiment(Tuning):
         key = (encoder.hash, rows.index, rows.samples.tobytes())
         if key not in self._tokens:
             self._tokens[key] = self.extract(encoder, rows)
-            note_missing(rows, self._tokens[key])
         return self._tokens[key]
 
     @property

@@ -236,7 +236,7 @@ class Between:
         state: TuneState,
         batch_size: int,
         generation: int,
-        refuse: Callable[[], None] = lambda: None,
+        refuse: Callable[[], None],
     ) -> None:
         self._refuse = refuse
         self._run, self._stop_request, self._worker = run, stop_request.stop_request, worker

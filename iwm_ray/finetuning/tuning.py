@@ -4,7 +4,7 @@ import glob
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,12 +133,13 @@ class Tuning(ABC):
 
     def start(self) -> None:
         """Records it in the folder; what an earlier call has written stays, for it is the same, but for images that could
-        not be decoded then and can be now."""
+        not be decoded then and can be now. Where all arms are finished these stay too: the arms had to do without them."""
         path = self.folder / "config.json"
         if not path.exists():
             write_json(path, self.record())
+        forgets = self.has_left()
         for images in self.image_sets.values():
-            if images.quarantine is not None:
+            if forgets and images.quarantine is not None:
                 images.quarantine.forget_mended(images.index, images.limits)
 
     def num_undecodable(self) -> dict[str, int]:
@@ -157,8 +158,9 @@ class Tuning(ABC):
         for name, images in self.image_sets.items():
             if len(_noted(images)) > max(1, share * len(images.samples)):
                 raise RunError(
-                    f"{_undecodable(name, images)}; more than --data.max-bad-fraction {share:g}: mend or remove them, or "
-                    "give a larger one to go on without them"
+                    f"{_undecodable(name, images)}; more than --data.max-bad-fraction {share:g} (of a sweep: "
+                    "--finetune.max-bad-fraction): give a larger one to go on without them, or mend them and remove the "
+                    f"arms that had to do without them from {self.folder / 'arms'}"
                 )
 
     def check_folder(self) -> None:
@@ -198,7 +200,18 @@ class Tuning(ABC):
                 self.refuse_undecodable()
                 if not train(left):
                     return False
+        self.refuse_undecodable()  # of arms too that an earlier call has judged
         return True
+
+    def has_left(self) -> bool:
+        """Whether an arm is not finished."""
+        return any(not self.is_finished(arm) for arms in (self.candidates, self.finals) for arm in arms())
+
+    def refuse_unused(self) -> None:
+        """Raises UsageError for settings of what is not tuned, but not in a folder that was begun: there another call may
+        have tuned it."""
+        if not (self.folder / "config.json").exists():
+            self.config.refuse_unused()
 
     def candidates(self) -> list[Arm]:
         """The arms among whose learning rates the held-out images choose, of all families; none without a choice."""
@@ -267,6 +280,26 @@ class Tuning(ABC):
                 f"runtime.accumulation_steps {runtime.accumulation_steps}; give a multiple of it, no larger than the "
                 "training set"
             )
+
+
+def refuse_other_images(counts: Mapping[Path, int]) -> None:
+    """Checks that arms which are compared were judged on the same images.
+
+    Args:
+        counts: file of an arm -> how many images it was judged on.
+
+    Raises:
+        RunError: on fewer or more than the newest: images were mended or damaged in between.
+    """
+    if len(set(counts.values())) < 2:
+        return
+    newest = max(counts, key=lambda path: path.stat().st_mtime)
+    others = sorted(path for path in counts if counts[path] != counts[newest])
+    raise RunError(
+        f"{others[0]}: judged on {counts[others[0]]} images, {newest.name} on {counts[newest]}, for some were mended or "
+        f"damaged in between; remove {' '.join(path.name for path in others)} there to run them again, or choose another "
+        "--output"
+    )
 
 
 def _noted(images: Images) -> list[dict[str, Any]]:

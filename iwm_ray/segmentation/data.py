@@ -21,7 +21,7 @@ from iwm_ray.config import Config
 from iwm_ray.data.decode import DecodeLimits, EncodedImage, Undecodable
 from iwm_ray.data.index import Index
 from iwm_ray.data.plan import Plan, permute
-from iwm_ray.data.quarantine import Quarantine, readable
+from iwm_ray.data.quarantine import Quarantine, decode_noting
 from iwm_ray.data.read import Reader
 from iwm_ray.data.splits import refuse_shared_images, refuse_unreadable
 from iwm_ray.errors import UsageError
@@ -106,7 +106,7 @@ class Pairs:
         images = np.zeros((len(places), size, size, 3), np.uint8)
         masks = np.full((len(places), size, size), IGNORED, np.uint8)
         found = np.zeros(len(places), np.bool_)
-        for i, image in readable(self._reader, self.index, samples, self.limits, self.quarantine):
+        for i, image in decode_noting(self._reader, self.index, samples, self.limits, self.quarantine):
             mask = self.classes.lookup[read_mask(self.mask_path(int(samples[i])), image.shape[:2])]
             draws = uniforms(seed, int(epochs[i]), samples[i : i + 1], "segment", 4)[0]
             images[i], masks[i] = cut(image, mask, size, self.augment, draws)
@@ -272,9 +272,8 @@ def open_pairs(config: SegmentConfig, run: Config, size: int, cache: Path) -> tu
 
     Raises:
         UsageError: folders or classes that are not there, images without masks or with masks of another size, masks
-            without classes, test images that are trained on, settings of what is not tuned.
+            without classes, test images that are trained on.
     """
-    config.refuse_unused()
     data = config.data
     for name in ("path", "masks", "test_path", "test_masks"):
         if not getattr(data, name):

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from iwm_ray.finetuning.data import Extract, Images, Tokens, encode, note_missin
 from iwm_ray.finetuning.experiment import cache_of
 from iwm_ray.finetuning.fit import Fitted
 from iwm_ray.finetuning.model import Start, Tuned
-from iwm_ray.finetuning.tuning import Tuning, tokens_fit
+from iwm_ray.finetuning.tuning import Tuning, refuse_other_images, tokens_fit
 from iwm_ray.run_directory import write_json
 from iwm_ray.segmentation import segmenter
 from iwm_ray.segmentation.data import Pairs, PairSteps, open_pairs
@@ -59,7 +60,7 @@ class Segmentation(Tuning):
             UsageError: data or settings that don't fit.
         """
         size = image_size(trained, config)
-        if size == trained.config.views.image_size:
+        if size == trained.config.views.image_size and not (output and _begun_size(output) == size):
             config = config.model_copy(update={"image_size": 0})  # the same, said in another way
         train, test = open_pairs(config, trained.config, size, cache_of(trained, config))
         task = _task_name(config.data.path)
@@ -89,7 +90,7 @@ class Segmentation(Tuning):
         return self.__dict__ | {"_tokens": {}}
 
     def record(self) -> dict[str, Any]:
-        return super().record() | {"class_names": self.train.classes.names}
+        return super().record() | {"class_names": list(self.train.classes.names)}
 
     @property
     def families(self) -> list[Family]:
@@ -150,6 +151,8 @@ class Segmentation(Tuning):
         """Has the tokens extracted, if one of these arms needs them."""
         if any(map(self.has_tokens, arms)):
             self._features()
+        for found in self._tokens.values():
+            note_missing(self.train, found)
 
     def _features(self) -> Tokens:
         """Tokens of the training images and, with flips, of their mirror images."""
@@ -160,7 +163,6 @@ class Segmentation(Tuning):
         if mirrored not in self._tokens:
             encoder = WholeEncoder(self.trained, self.config.encoder, self.train.size, mirrored)
             self._tokens[mirrored] = self.extract(encoder, self.train)
-            note_missing(self.train, self._tokens[mirrored])
         return self._tokens[mirrored]
 
     def judge(self, arm: Arm, tuned: Tuned, fitted: Fitted) -> None:
@@ -223,11 +225,13 @@ class Segmentation(Tuning):
         """`[k 3 c]` of every family and seed that has been run.
 
         Raises:
-            RunError: a file is damaged.
+            RunError: a file is damaged, or they were judged on different images.
         """
         found: dict[Family, dict[int, NDArray[np.int64]]] = {}
         for arm in self.judged():
             found.setdefault(arm.family, {})[arm.seed] = self._counts(arm)
+        files = {self._place(arm).with_suffix(".json"): arm for arm in self.judged()}
+        refuse_other_images({path: len(found[arm.family][arm.seed]) for path, arm in files.items()})
         return found
 
     def _counts(self, arm: Arm) -> NDArray[np.int64]:
@@ -262,6 +266,13 @@ class Segmentation(Tuning):
     def _place(self, arm: Arm) -> Path:
         """Of the arm's files, without their endings."""
         return self.folder / "arms" / arm.name.replace(".", "_")
+
+
+def _begun_size(folder: Path) -> object:
+    """The image size with which a folder was begun; None where none can be read."""
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads((folder / "config.json").read_text()).get("image_size")
+    return None
 
 
 def _task_name(path: str) -> str:

@@ -170,10 +170,11 @@ class SweepDirectory:
 
 
 def asked(measure: MeasureConfig, finetune: FinetuneConfig | None) -> dict[str, Any]:
-    """What is asked of every trial besides its training, as JSON; not where and how fast."""
+    """What is asked of every trial besides its training, as JSON; not where and how fast, nor what ends it."""
+    left_out: dict[str, Any] = {"runtime": True, "tracking": True, "data": {"max_bad_fraction"}}
     return {
         "measure": measure.model_dump(mode="json"),
-        "finetune": finetune and finetune.model_dump(mode="json", exclude={"runtime", "tracking"}),
+        "finetune": finetune and finetune.model_dump(mode="json", exclude=left_out),
     }
 
 

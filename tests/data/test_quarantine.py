@@ -1,6 +1,7 @@
 """Samples that end the process that decodes them; here by a decoder that kills itself at a word in the data."""
 
 import contextlib
+import json
 import os
 import textwrap
 
@@ -92,6 +93,20 @@ def test_bad_samples_are_noted_once(index, tmp_path):
     assert (
         quarantine.sift(index, range(6), images, LIMITS, careful=False) == images
     )  # not deadly: tried again
+
+
+def test_what_was_mended_or_has_left_the_data_is_forgotten(ill, index, tmp_path):
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    quarantine.forget_mended(index, LIMITS)
+    assert not quarantine.file.exists()
+    quarantine.add(index, [0, 1], ["away", "torn"])
+    quarantine.add(index, [2, 3], ["ends", "ended"], are_deadly=True)
+    (tmp_path / "data/1.jpg").write_bytes(b"torn")
+    gone = json.dumps({"row_id": "gone.jpg", "path": "", "reason": "torn", "deadly": False})
+    quarantine.file.write_text(quarantine.file.read_text() + gone + "\n")
+    quarantine.forget_mended(index, LIMITS)
+    assert [record["row_id"] for record in quarantine.records()] == ["1.jpg", "2.jpg"]
+    assert [path.name for path in tmp_path.glob("*quarantine*")] == ["quarantine.jsonl"]
 
 
 def test_a_torn_line_is_passed_over_and_closed(index, tmp_path):

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iwm_ray.data.quarantine import Quarantine
 from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.encoders import RunEncoder
+from iwm_ray.evaluation.features import Features
 from iwm_ray.finetuning.data import (
     Drawn,
     Steps,
@@ -19,6 +21,7 @@ from iwm_ray.finetuning.data import (
     in_order,
     mixed,
     named_paths,
+    note_missing,
     open_tasks,
 )
 from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
@@ -215,6 +218,21 @@ def test_an_unreadable_image_is_left_out(tmp_path, task, trained):
         np.testing.assert_array_equal(cached_columns[name], columns[name])
     assert not cached_columns["inputs"][columns["weight"] == 0].any()
     assert sum(len(drawn.labels) for drawn in in_order(cached(found.train, Tokens(tokens)), 1)) == 6
+
+
+def test_what_tokens_lack_is_noted_once(task, tmp_path):
+    """Torn then or torn now: what is trained on them does without it."""
+    quarantine = Quarantine(tmp_path / "notes" / "train.jsonl")
+    rows = replace(task.train.part(0, 6), quarantine=quarantine)
+    nothing = np.zeros(0, np.int64)
+    found = Features(np.zeros((4, 1, 1), np.float32), nothing, rows.samples[[0, 1, 3, 5]], (), "")
+    for _ in range(2):
+        note_missing(rows, found)
+        assert len(quarantine.file.read_text().splitlines()) == 2
+    expected = {rows.index.row_id(int(rows.samples[i])) for i in (2, 4)}
+    assert {record["row_id"] for record in quarantine.records()} == expected
+    assert all("when its tokens were made" in record["reason"] for record in quarantine.records())
+    assert len(rows.judged_labels) == 4
 
 
 def test_choices_are_fixed_and_a_smaller_one_begins_the_larger(trained, config, task, tmp_path):

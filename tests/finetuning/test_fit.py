@@ -40,7 +40,7 @@ def train(trained, tmp_path):
         objective = ClassObjective(("photos",), (10,), schedule, size, asking, config, 0)
         record = ArmRecord(tuning="test", arm="arm")
         state = TuneState.start(tuned, config, "pretrained", lr, record, num_steps)
-        between = Between(run, run, WORKER, state, size, 1)
+        between = Between(run, run, WORKER, state, size, 1, lambda: None)
         batches = (to_tensors(steps.rows(np.arange(at * size, at * size + size))) for at in range(num_steps))
         fit(state, batches, objective, tuned, WORKER, between)
         return between.fitted(state), metrics_log.read(run.metrics)

@@ -84,6 +84,8 @@ def test_a_record_of_an_older_version_is_filled_with_the_defaults(directory):
     assert directory.status(sweep, trial) == "finished"
     tracked = FinetuneConfig.model_validate({"tracking": {"uri": "none"}})
     assert directory.status(replace(sweep, finetune=tracked), trial) == "finished"
+    lenient = FinetuneConfig.model_validate({"data": {"max_bad_fraction": 0.5}})
+    assert directory.status(replace(sweep, finetune=lenient), trial) == "finished"
     other = FinetuneConfig.model_validate({"layer_decay": 0.5})
     assert directory.status(replace(sweep, finetune=other), trial) == "begun"
     record["asked"]["finetune"]["depth_of_thought"] = 3
