@@ -257,7 +257,7 @@ class Report:
         ]
         if ends := tuple(self._retrieval()):
             caption = " ".join([_RETRIEVAL_CAPTION, *(picture.alt for picture in ends)])
-            sections.append(Section("retrieval", "Retrieval at both ends", caption, ends))
+            sections.append(Section("retrieval", "Retrieval at the ends", caption, ends))
         sections += [
             Section("configurations", "Configurations", _TABLE_CAPTION, (), self._configuration_table()),
             Section("health", "Health of every trial", _HEALTH_CAPTION, (), self._health_table()),

@@ -408,10 +408,13 @@ def span(groups: Sequence[Configuration]) -> tuple[Configuration, ...]:
 
 
 def named_points(groups: Sequence[Configuration]) -> dict[str, Configuration]:
-    """The ends of the map: `invariant` (lowest MRR) and `equivariant` (highest MRR) of the sound configurations; none where
-    the highest is not above chance."""
+    """The ends of the map, of the sound configurations: `equivariant` (highest MRR), none where that is not above chance,
+    and `invariant` (lowest MRR), where that is at chance."""
     found = span(groups)
-    return dict(zip(ENDS, found, strict=True)) if found and found[-1].is_above_chance else {}
+    if not found or not found[-1].is_above_chance:
+        return {}
+    named = dict(zip(ENDS, found, strict=True))
+    return {end: group for end, group in named.items() if end == "equivariant" or not group.is_above_chance}
 
 
 def measured(groups: Sequence[Configuration], fewest: int) -> list[Outcome]:
@@ -463,6 +466,8 @@ def _why_unknown(groups: Sequence[Configuration], want: str | float) -> str:
         return (
             f"{option}: no sound configuration has an MRR; the health of every trial in the report says why"
         )
+    if want == "invariant" and named_points(groups):
+        return f"{option}: the lowest MRR is above chance, so no model here is invariant; add predictor.conditioning none"
     if want in ENDS and span(groups):
         return f"{option}: the highest MRR is not above chance, so the map has no ends; train longer"
     if want in ENDS:

@@ -385,6 +385,18 @@ def test_a_model_at_chance_is_no_spectrum(folder):
     assert "known range is 0.024 to 0.024" in report.wanted(0.5)[0]
 
 
+def test_a_lowest_mrr_above_chance_is_not_called_invariant(folder):
+    for run in (folder / "trials").iterdir():
+        found = json.loads((run / "summary.json").read_text())
+        raised = {name: found["metrics"][name] + 0.1 for name in ("mrr/mrr", "mrr/mrr_low", "mrr/mrr_high")}
+        found["metrics"] |= raised
+        write_json(run / "summary.json", found)
+    groups = Report.open(folder).groups
+    assert list(named_points(groups)) == ["equivariant"]
+    with pytest.raises(UsageError, match="--want invariant: the lowest MRR is above chance"):
+        dial(groups, "invariant")
+
+
 def test_a_trial_that_is_only_trained_has_no_mrr(folder):
     """It ends with one of few images in smaller banks, which the evaluation then replaces."""
     trained, *measured_trials = SWEEP.trials()
@@ -532,7 +544,7 @@ def test_the_report_is_complete_and_offline(folder):
     for name in ("map", "effects", "heat", "correlations"):
         assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert text.count("data:image/png;base64,") == 6  # the figures, and what both ends retrieve
-    assert "Retrieval at both ends" in text
+    assert "Retrieval at the ends" in text
     rows = pyarrow.parquet.read_table(page.parent / "trials.parquet")
     assert rows.num_rows == 12
     assert pyarrow.csv.read_csv(page.parent / "trials.csv").column_names == rows.column_names
