@@ -168,7 +168,7 @@ def test_a_failing_trial_is_named_and_the_rest_is_done_once(
     assert directory.failures() == {}
     assert attempts(directory, done) == 1
     assert {directory.training(path.name) for path in directory.runs()} == {"finished"}
-    assert "1 configuration with 2 seeds each; 2 of 2 trials are finished." in said
+    assert "1 configuration with 2 seeds; 2 of 2 trials are finished." in said
     assert directory.seconds(done)["train"] > 0
     summary = json.loads(directory.run(done).summary.read_text())
     assert "mrr/mrr_low" in summary["metrics"]
