@@ -264,10 +264,9 @@ def _points(line: bytes) -> Iterator[Point]:
     if max(abs(step), abs(time_ms)) >= 2**63:
         return
     for name, value in report.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
-        is_infinite_or_nan = isinstance(value, float) and not math.isfinite(value)
-        if (is_number or is_infinite_or_nan) and _is_metric_name(name):
-            yield Point(name, math.nan if is_infinite_or_nan else float(value), step, time_ms)
+        is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023
+        if (is_whole or isinstance(value, float)) and _is_metric_name(name):
+            yield Point(name, float(value) if math.isfinite(value) else math.nan, step, time_ms)
 
 
 def _is_metric_name(name: str) -> bool:

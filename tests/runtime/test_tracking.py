@@ -21,7 +21,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from iwm_ray.config import Config, RuntimeConfig, TrackingConfig
@@ -336,6 +336,7 @@ def slow_points(content: bytes) -> list[tuple[str, str, int]]:
     cuts=st.lists(st.integers(0, 400), max_size=4),
     limit=st.integers(1, 6),
 )
+@example(lines=[b'{"step": 0, "time": 1.5, "train/loss": 1.7e308}\n'], cuts=[], limit=1)
 @settings(deadline=None, max_examples=60)
 def test_a_growing_file_is_read_once_and_whole(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], cuts: list[int], limit: int
