@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from iwm_ray.data.decode import DecodeLimits
     from iwm_ray.data.index import Index
-    from iwm_ray.prediction import PredictConfig
+    from iwm_ray.prediction import PredictConfig, Predictor
 
 _SECONDS_BETWEEN_LINES = 5.0
 _NUM_PICTURED, _PICTURE_SIDE = 6, 224
@@ -35,37 +35,18 @@ def _main(arguments: Sequence[str]) -> None:
     from iwm_ray.build import cache_folder
     from iwm_ray.data.decode import DecodeLimits
     from iwm_ray.data.index import Index
-    from iwm_ray.driver import require_ray
-    from iwm_ray.prediction import (
-        QUARANTINE,
-        Labels,
-        Masks,
-        PredictConfig,
-        Predictor,
-        write,
-        write_masks,
-    )
+    from iwm_ray.prediction import Labels, Masks, PredictConfig, Predictor
     from iwm_ray.progress import scanning
     from iwm_ray.segmentation.segmenter import Segmenter
 
     options = _parser(PredictConfig).parse(arguments)
     adapter = iwm_ray.find_adapter(options.adapter)
-    model = iwm_ray.load(
-        adapter, options.task, options.run
-    )  # what is wrong with it is said before Ray starts
-    output = _checked(options.output, isinstance(model, Segmenter))
-    tree = PredictConfig().model_dump()
-    tree["runtime"]["cache"] = model.trained.config.runtime.cache
-    cli.override(tree, options)
-    config = cli.validate_as(PredictConfig, tree)
-    if not config.data.path:
-        raise UsageError(
-            "--data.path is missing: give a folder of images, Parquet file(s) or WebDataset shards"
-        )
-    if config.runtime.engine == "ray":
-        require_ray("runtime.engine ray")
-    names = model.class_names
+    # Here too, so that what is wrong with it is said before Ray starts.
+    model = iwm_ray.load(adapter, options.task, options.run)
     is_segmenter = isinstance(model, Segmenter)
+    output = _checked(options.output, is_segmenter)
+    config = _read_config(options, model.trained.config.runtime.cache)
+    names = model.class_names
     if is_segmenter and options.top is not None:
         raise UsageError(f"--top {options.top}: {adapter} is a segmenter, which gives masks; drop --top")
     answers = Masks(names) if is_segmenter else Labels(names, _top(options.top or "5", len(names)))
@@ -77,29 +58,53 @@ def _main(arguments: Sequence[str]) -> None:
         cluster.preflight(asked)
         cluster.connect(asked)
     limits = DecodeLimits.from_config(config.data)
-    tables = Predictor(adapter, options.task, options.run, answers, index, limits, config.runtime).rows(
-        _Progress()
-    )
-    begin = time.monotonic()
+    predictor = Predictor(adapter, options.task, options.run, answers, index, limits, config.runtime)
+    kept = _write(predictor, output, _NUM_PICTURED if is_segmenter else 0)
+    if kept:
+        print(f"picture      {_draw(kept, names, index, limits, output)}")
+
+
+def _read_config(options: argparse.Namespace, cache: str) -> "PredictConfig":
+    """The configuration of the command line, with the run's own cache unless another is given."""
+    from iwm_ray.driver import require_ray
+    from iwm_ray.prediction import PredictConfig
+
+    tree = PredictConfig().model_dump()
+    tree["runtime"]["cache"] = cache
+    cli.override(tree, options)
+    config = cli.validate_as(PredictConfig, tree)
+    if not config.data.path:
+        raise UsageError(
+            "--data.path is missing: give a folder of images, Parquet file(s) or WebDataset shards"
+        )
+    if config.runtime.engine == "ray":
+        require_ray("runtime.engine ray")
+    return config
+
+
+def _write(predictor: "Predictor", output: Path, num_kept: int) -> list[Any]:
+    """Predicts, writes and says what was written; gives the first rows with a mask, as many as asked for."""
+    from iwm_ray.prediction import QUARANTINE, write, write_masks
+
     kept: list[Any] = []
-    if is_segmenter:
-        tables = _keeping(tables, kept)
-    is_file = output.suffix == ".parquet"
-    written = write(tables, answers.schema, output) if is_file else write_masks(tables, output)
+    tables = predictor.rows(_Progress())
+    if num_kept:
+        tables = _keeping(tables, kept, num_kept)
+    is_file, begin = output.suffix == ".parquet", time.monotonic()
+    written = write(tables, predictor.answers.schema, output) if is_file else write_masks(tables, output)
     seconds = time.monotonic() - begin
     print(f"predicted    {written.images:,} images, {written.images / seconds:,.0f} images/s")
     if written.unreadable:
         where = "column error" if is_file else output / QUARANTINE
         print(f"unreadable   {written.unreadable:,} of them; {where} says why")
     print(f"written      {output}")
-    if kept:
-        print(f"picture      {_draw(kept, names, index, limits, output)}")
+    return kept
 
 
-def _keeping(tables: "Iterator[pa.Table]", kept: list[Any]) -> "Iterator[pa.Table]":
+def _keeping(tables: "Iterator[pa.Table]", kept: list[Any], count: int) -> "Iterator[pa.Table]":
     """Passes tables on and keeps the first rows that have a mask, for the picture."""
     for table in tables:
-        kept += [row for row in table.to_pylist() if row["mask"] is not None][: _NUM_PICTURED - len(kept)]
+        kept += [row for row in table.to_pylist() if row["mask"] is not None][: count - len(kept)]
         yield table
 
 
