@@ -216,15 +216,7 @@ def run_trials(
         say: takes a line for each trial that ends, and for each attempt that fails.
         debug: also print the traceback of each failure.
     """
-    os.environ.setdefault(
-        "RAY_AIR_NEW_OUTPUT", "0"
-    )  # the new one prints tables even when it is told to be quiet
-    os.environ.setdefault(
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING", "1"
-    )  # a finished trial may end without its metric
-    # Ray's tracebacks of what `_Lines` names; and its own list of trials that failed.
-    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "1" if debug else "0")
-    logging.getLogger("ray.tune.tune").setLevel(logging.NOTSET if debug else logging.CRITICAL)
+    _set_tune_up(debug)
     pattern = jobs[0]
     points = [job.trial.point for job in jobs]
     folder = tempfile.mkdtemp(prefix="iwm-tune-")
@@ -252,6 +244,17 @@ def run_trials(
         tuner.fit()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _set_tune_up(debug: bool) -> None:
+    """Ray reads these when a tuner begins."""
+    # Its new output prints tables even when it is told to be quiet.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # A finished trial may end without its metric.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    # Tracebacks of what `_Lines` names, and its own list of trials that failed.
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "1" if debug else "0")
+    logging.getLogger("ray.tune.tune").setLevel(logging.NOTSET if debug else logging.CRITICAL)
 
 
 def run_beside(
