@@ -22,6 +22,7 @@ from iwm_ray.errors import RunError, UsageError
 from iwm_ray.evaluation.encoders import FrozenEncoder
 from iwm_ray.evaluation.features import Features, measuring
 from iwm_ray.feed import Columns
+from iwm_ray.finetuning.images import channels_first
 from iwm_ray.finetuning.settings import AugmentConfig, FinetuneConfig
 from iwm_ray.randomness import integers, uniforms
 from iwm_ray.views.resize import clean_view
@@ -120,7 +121,7 @@ class ImageRows:
         """`[h w 3]` and the image's `[2]` draws -> `[3 s s]` uint8."""
         augment = self.augment
         if augment is None:
-            return _channels_first(clean_view(image, self.size))
+            return channels_first(clean_view(image, self.size))
         from torchvision.transforms import v2  # seconds to load, and only augmentation needs it
 
         steps: list[nn.Module] = []
@@ -130,7 +131,7 @@ class ImageRows:
             image = clean_view(image, self.size)
         if augment.randaugment:
             steps.append(v2.RandAugment(num_ops=2, magnitude=augment.randaugment))
-        pixels = _channels_first(image)
+        pixels = channels_first(image)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(draws[0] * 2**53))
             for step in steps:
@@ -222,10 +223,6 @@ def _draws(seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> 
     for epoch in np.unique(epochs):
         drawn[epochs == epoch] = uniforms(seed, int(epoch), samples[epochs == epoch], "finetune", 2)
     return drawn
-
-
-def _channels_first(image: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -381,7 +378,7 @@ def encode(encoder: FrozenEncoder, images: Images, batch_size: int = _READ_AT_ON
         for places in _in_parts(len(images.samples), batch_size):
             asked, views, found = images.samples[places], [], []
             for place, image in decode_noting(reader, images.index, asked, images.limits, None):
-                views.append(_channels_first(encoder.view(image)))
+                views.append(channels_first(encoder.view(image)))
                 found.append(asked[place])
             if found:
                 values.append(model.tokens(torch.stack(views))[0].numpy())

@@ -35,8 +35,8 @@ def rgb_pixels(image: AnyImage, limits: DecodeLimits) -> NDArray[np.uint8]:
 
 
 def channels_first(image: NDArray[np.uint8]) -> Tensor:
-    """`[h w 3]` -> `[3 h w]`, a copy."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """`[h w 3]` -> `[3 h w]`, the same memory where that can be written to."""
+    return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
 
 
 def check_images(images: Tensor, side: int) -> None:
